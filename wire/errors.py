@@ -1,0 +1,83 @@
+"""Every error Lamina raises on purpose, sorted by whose fault it is.
+
+Rules: one base; below it, who has to act. An error's text is one line that a person at the command
+line can act on: what is wrong, then what to do. The `lamina` command prints that line and exits
+with the class's `exit_code`; a traceback therefore always means a defect in Lamina.
+
+Next: `wire/rounds.py`, whose illegal moves are `LocalError`s of the side that made them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LaminaError(Exception):
+    """Base of all deliberate errors; `str(error)` is one line for a person."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UserError(LaminaError):
+    """The person at the command line has to act: a path, an option, their data.
+
+    `hint` is the next step and is printed after the line that says what is wrong.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class LocalError(LaminaError):
+    """This side did what it must not: an illegal move, a call out of order. A defect of ours."""
+
+    exit_code = 70
+
+
+class TransportError(LaminaError):
+    """The broker cannot be reached, refuses us, or went away for longer than we wait."""
+
+    exit_code = 69
+
+
+class PeerError(LaminaError):
+    """The other side sent something that cannot be used. It is told so, and counted.
+
+    `reason` is the refusal's name on the wire (`wire.messages.Refusal`).
+    """
+
+    exit_code = 76
+    reason: ClassVar[str] = "malformed"
+
+
+class Malformed(PeerError):
+    """Bytes that are not the message, the manifest or the tensors they claim to be."""
+
+    reason = "malformed"
+
+
+class TooLarge(PeerError):
+    """More bytes than the limit of this kind of message; refused before decoding."""
+
+    reason = "too_large"
+
+
+class HashMismatch(PeerError):
+    """Content whose SHA-256 is not the announced one."""
+
+    reason = "hash_mismatch"
+
+
+class ManifestMismatch(PeerError):
+    """Tensors whose names, shapes or dtypes are not those of the stage's trained groups."""
+
+    reason = "wrong_shape"
+
+
+class NotFinite(PeerError):
+    """Tensors that hold NaN or infinity."""
+
+    reason = "not_finite"

@@ -1,0 +1,205 @@
+"""The bundle's table of contents: what export writes, both programs read and nobody guesses.
+
+A bundle is a folder of files and `manifest.json`. The manifest names every parameter once, in one
+order, and says for each stage which parameter groups train, which are frozen, and which graph files
+run them. Graphs never hold weights: every parameter is a graph input (or, for the `ort-training`
+engine, a checkpoint entry) under a name of the graph's own, and a `Graph` or `Stage` maps that name to
+the parameter's torch name. So two blocks of one shape share one graph file, and a device fetches it once.
+
+A modality's first input (`image`, `text`) is raw data at stage 0 and the frozen prefix's features from
+then on; its other inputs, such as `text_mask`, pass through every stage unchanged.
+
+Next: `wire/messages.py`, which carries `BlobRef`s of these files to the clients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from wire.errors import Malformed, TooLarge
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 4 << 20
+
+Task = Literal["contrastive", "classification"]
+Dtype = Literal["float32", "int64"]
+
+
+class BlobRef(msgspec.Struct, frozen=True):
+    """Content by its hash. `sha256`: 64 lowercase hex digits; `size_bytes`: its exact length."""
+
+    sha256: str
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise ValueError("sha256 is not 64 lowercase hex digits")
+        if self.size_bytes < 0:
+            raise ValueError("size_bytes is negative")
+
+    @classmethod
+    def of(cls, content: bytes) -> BlobRef:
+        """The reference of bytes in memory."""
+        return cls(hashlib.sha256(content).hexdigest(), len(content))
+
+    @classmethod
+    def of_file(cls, path: Path) -> BlobRef:
+        """The reference of a file, read in pieces of 1 MiB."""
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+                size += len(piece)
+        return cls(digest.hexdigest(), size)
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One example's tensor: `shape` leaves out the batch dimension."""
+
+    shape: tuple[int, ...]
+    dtype: Dtype
+
+
+class Modality(msgspec.Struct, frozen=True):
+    """One kind of input and how a device makes its arrays.
+
+    kind: the reader in `inputs/` that turns a table cell into arrays (`image`, `text`).
+    inputs: raw arrays by name, the one that the prefix replaces first.
+    options: the reader's settings, such as `size` in pixels or `tokenizer`, a file of the bundle.
+    """
+
+    kind: str
+    inputs: dict[str, TensorSpec]
+    options: dict[str, int | float | str | list[float]] = {}
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """A float32 parameter of the model. `group`: the parameter group it belongs to."""
+
+    group: str
+    shape: tuple[int, ...]
+
+
+class Graph(msgspec.Struct, frozen=True):
+    """An inference graph whose weights are inputs.
+
+    file: name of the ONNX file in the bundle.
+    inputs: data inputs, each `[B, *shape]`.
+    outputs: output names in the graph's order.
+    parameters: graph input name -> torch name.
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: dict[str, str]
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One entry of the schedule.
+
+    trainable, frozen: parameter groups. Groups of blocks not yet attached are in neither.
+    warm_start: group -> group whose values it takes when the stage begins (same shapes).
+    inputs: everything the train step is fed, without the batch dimension.
+    parameters: the train step's parameter name -> torch name, in the train step's own order.
+    engines: engine -> role -> file name (`ort-training`: train, eval, optimizer, checkpoint).
+    segments: modality -> the graph that turns this stage's inputs of that modality into the next
+        stage's, once the groups trained here are frozen. A modality whose blocks are all trained by an
+        earlier stage has none.
+    encoders: modality -> the model cut at this stage, raw inputs -> embeddings float32 [B, E].
+    classifier: for classification, embeddings of all modalities -> `logits` float32 [B, C].
+    """
+
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    rounds: int
+    warm_start: dict[str, str]
+    inputs: dict[str, TensorSpec]
+    parameters: dict[str, str]
+    engines: dict[str, dict[str, str]]
+    segments: dict[str, Graph]
+    encoders: dict[str, Graph]
+    classifier: Graph | None = None
+
+
+class AdamW(msgspec.Struct, frozen=True):
+    """Optimizer settings baked into the graphs; torch's defaults. The learning rate comes with each offer."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The whole bundle.
+
+    builder: `package.module:builder` that makes the torch module, with `builder_options` as keywords.
+    classes: label names of a classification model, in the order of its logits.
+    parameters: torch name -> parameter, in the one order used everywhere.
+    initial: file with every parameter's initial value (safetensors, torch names).
+    files: file name -> content; names are relative, with forward slashes.
+    """
+
+    format: int
+    builder: str
+    builder_options: dict[str, Any]
+    task: Task
+    schedule: str
+    modalities: dict[str, Modality]
+    classes: tuple[str, ...]
+    optimizer: AdamW
+    parameters: dict[str, Parameter]
+    stages: tuple[Stage, ...]
+    initial: str
+    files: dict[str, BlobRef]
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"manifest format {self.format}, this Lamina reads {FORMAT}")
+        if not self.stages:
+            raise ValueError("a manifest needs at least one stage")
+        for name in self.files:
+            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+                raise ValueError(f"file name {name!r} leaves the bundle")
+
+    def names_of(self, groups: tuple[str, ...]) -> list[str]:
+        """Torch names of the parameters of these groups, in manifest order."""
+        wanted = set(groups)
+        return [name for name, parameter in self.parameters.items() if parameter.group in wanted]
+
+    def shapes_of(self, groups: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+        """Torch name -> shape of the parameters of these groups, in manifest order."""
+        return {name: self.parameters[name].shape for name in self.names_of(groups)}
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Canonical JSON (sorted keys would lose the order that `parameters` carries; they stay as given)."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Raises `TooLarge` over 4 MiB, `Malformed` for anything that is not a manifest of this format."""
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise TooLarge(f"manifest of {len(content)} bytes, the limit is {MAX_MANIFEST_BYTES}")
+    try:
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Malformed(f"not a manifest: {error}") from error
+
+
+def parameter_counts(manifest: Manifest) -> Mapping[str, int]:
+    """Group -> number of scalar parameters."""
+    counts: dict[str, int] = {}
+    for parameter in manifest.parameters.values():
+        size = 1
+        for extent in parameter.shape:
+            size *= extent
+        counts[parameter.group] = counts.get(parameter.group, 0) + size
+    return counts
