@@ -129,7 +129,7 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class AdamW(msgspec.Struct, frozen=True):
-    """Optimizer settings baked into the graphs; torch's defaults. The learning rate comes with each offer."""
+    """Optimizer settings baked into the graphs; torch's defaults. Each offer brings its learning rate."""
 
     beta1: float = 0.9
     beta2: float = 0.999

@@ -1,0 +1,1 @@
+"""The program on the device: offer, fetch, features, train, report. No torch, no onnx."""

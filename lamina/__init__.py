@@ -1,0 +1,1 @@
+"""The front door: the `lamina` command, local runs, data sets, reports."""

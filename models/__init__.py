@@ -1,0 +1,1 @@
+"""What is trained, in torch: encoders (one file each), heads, presets."""
