@@ -1,1 +1,4 @@
-"""From a model and a schedule to a bundle, and from trained parameters to the final model."""
+"""From a model and a schedule to a bundle, and from trained parameters to the final model.
+
+Nothing is imported here. Start at `export/bundle.py`; `export/final.py` needs no torch.
+"""

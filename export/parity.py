@@ -1,0 +1,235 @@
+"""Every bundle is checked against torch as it is written: what is checked is what the device runs.
+
+Rules: for each stage and engine, `STEPS` AdamW steps from the initial values on the same random batches,
+the last one smaller; then each inference graph. Losses and outputs are compared by relative L2.
+A parameter is compared as a whole, by the L2 norm of the difference over the norm of the tensor, or over
+one Adam step of every element (learning rate times sqrt(n)) where that is larger: what has barely left
+zero is known no better, for Adam turns rounding noise into steps of full size.
+
+Next: `export/bundle.py`, the caller; `edge_client/engines/__init__.py`, what it runs on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from export.stage import Cut, StageCuts, TrainCut, example
+from models.model import LABEL, Model
+from wire.errors import LaminaError
+from wire.manifest import AdamW, Graph, Manifest
+from wire.tensors import Array, Arrays
+
+STEPS = 5
+BATCH_SIZES = (6, 6, 6, 6, 3)
+LEARNING_RATE = 1e-3
+MAX_ERROR = 1e-3
+
+AnyArray = npt.NDArray[Any]
+
+
+class ParityError(LaminaError):
+    """A bundle that does not compute what torch does."""
+
+    exit_code = 70
+
+
+class Engine(Protocol):
+    """What the check needs of an engine; `edge_client.engines.Engine` is one."""
+
+    def load(self, parameters: Mapping[str, Array]) -> None: ...  # noqa: D102
+    def train_step(self, batch: Mapping[str, AnyArray], learning_rate: float) -> float: ...  # noqa: D102
+    def parameters(self) -> Arrays: ...  # noqa: D102
+    def evaluate(self, batch: Mapping[str, AnyArray]) -> dict[str, float]: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Engines(Protocol):
+    """The package `edge_client.engines`, which export does not import."""
+
+    def available(self) -> list[str]: ...  # noqa: D102
+    def open_engine(  # noqa: D102
+        self, name: str, file: Callable[[str], Path], manifest: Manifest, stage: int, threads: int = 1
+    ) -> Engine: ...
+    def open_graph(  # noqa: D102
+        self, path: Path, graph: Graph, threads: int = 1
+    ) -> Callable[[Mapping[str, AnyArray], Mapping[str, Array]], dict[str, Array]]: ...
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest relative errors found, and the tensor of the largest one of parameters."""
+
+    engines: tuple[str, ...]
+    num_graphs: int
+    loss_error: float
+    parameter_error: float
+    parameter: str
+    output_error: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"follows torch on {', '.join(self.engines) or 'no engine'}: losses of {STEPS} steps a stage "
+            f"within {self.loss_error:.1e}, parameters {self.parameter_error:.1e}; "
+            f"{self.num_graphs} graphs within {self.output_error:.1e} ({self.seconds:.0f} s)"
+        )
+
+
+@dataclass
+class _Worst:
+    """The largest error so far of each kind, with the place where it was. Raises at one over the limit."""
+
+    errors: dict[str, tuple[float, str]]
+
+    def add(self, kind: str, where: str, error: float) -> None:
+        if not error <= MAX_ERROR:  # also true for NaN
+            raise ParityError(
+                f"{where} differs from torch by {error:.1e}, at most {MAX_ERROR:.0e} is allowed"
+            )
+        self.errors[kind] = max(self.errors.get(kind, (0.0, "")), (error, where))
+
+    def of(self, kind: str) -> tuple[float, str]:
+        return self.errors.get(kind, (0.0, ""))
+
+
+def check(
+    folder: Path,
+    manifest: Manifest,
+    model: Model,
+    cuts: Sequence[StageCuts],
+    engines: Engines,
+    *,
+    seed: int,
+) -> Parity:
+    """Run everything in the bundle against the torch cuts it was made from.
+
+    Raises `ParityError`, naming the first graph or tensor that is off by more than `MAX_ERROR`.
+    """
+    begin = time.monotonic()
+    worst = _Worst({})
+    limits = input_limits(model)
+    values = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    usable = set(engines.available())
+    checked: dict[str, None] = {}
+    num_graphs = 0
+    for number, (stage, cut) in enumerate(zip(manifest.stages, cuts, strict=True)):
+        generator = torch.Generator().manual_seed(seed + number)
+        batches = [example(cut.train.inputs, size, limits, generator) for size in BATCH_SIZES]
+        losses, after = reference(cut.train, model, batches, manifest.optimizer, LEARNING_RATE)
+        for name in [engine for engine in stage.engines if engine in usable]:
+            engine = engines.open_engine(name, folder.joinpath, manifest, number)
+            _check_engine(f"stage {number + 1} on {name}", engine, values, batches, losses, after, worst)
+            engine.close()
+            checked[name] = None
+        pairs: list[tuple[Cut, Graph]] = [
+            (cut.segments[name], stage.segments[name]) for name in stage.segments
+        ]
+        pairs += [(cut.encoders[name], stage.encoders[name]) for name in stage.encoders]
+        if cut.classifier is not None and stage.classifier is not None:
+            pairs.append((cut.classifier, stage.classifier))
+        for one, graph in pairs:
+            inputs = example(one.inputs, BATCH_SIZES[-1], limits, generator)
+            got = engines.open_graph(folder / graph.file, graph)(to_numpy(inputs), values)[graph.outputs[0]]
+            with torch.no_grad():
+                expected = one(*inputs.values()).numpy()
+            worst.add("output", f"stage {number + 1}, {graph.file}", relative_l2(got, expected))
+        num_graphs += len(pairs)
+    parameter_error, parameter = worst.of("parameter")
+    return Parity(
+        engines=tuple(checked),
+        num_graphs=num_graphs,
+        loss_error=worst.of("loss")[0],
+        parameter_error=parameter_error,
+        parameter=parameter,
+        output_error=worst.of("output")[0],
+        seconds=time.monotonic() - begin,
+    )
+
+
+def reference(
+    cut: TrainCut,
+    model: Model,
+    batches: Sequence[Mapping[str, Tensor]],
+    settings: AdamW,
+    learning_rate: float,
+) -> tuple[list[float], Arrays]:
+    """What torch does, on a copy: the loss before each step, and the parameters after the last."""
+    names = cut.torch_names(model)
+    cut = copy.deepcopy(cut)
+    optimizer = torch.optim.AdamW(
+        cut.parameters(),
+        lr=learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = cut(*batch.values())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {names[name]: value.detach().numpy() for name, value in cut.named_parameters()}
+
+
+def input_limits(model: Model) -> dict[str, int]:
+    """Integer input -> the number of values it may take."""
+    limits = {LABEL: getattr(model.head, "classes", 0)}
+    for name, modality in model.modalities.items():
+        vocabulary = modality.options.get("vocabulary")
+        if isinstance(vocabulary, int):
+            limits[name] = vocabulary
+    return limits
+
+
+def parameter_error(got: AnyArray, expected: AnyArray, learning_rate: float) -> float:
+    """Relative L2 of one tensor, no finer than one Adam step of every element."""
+    return relative_l2(got, expected, floor=learning_rate * math.sqrt(expected.size))
+
+
+def relative_l2(got: AnyArray, expected: AnyArray, floor: float = 1e-12) -> float:
+    """The difference's L2 norm over the expected one's, or over `floor` if that is larger."""
+    difference = np.linalg.norm(got.astype(np.float64) - expected)
+    return float(difference / max(float(np.linalg.norm(expected.astype(np.float64))), floor))
+
+
+def to_numpy(batch: Mapping[str, Tensor]) -> dict[str, AnyArray]:
+    """Tensors as arrays."""
+    return {name: value.numpy() for name, value in batch.items()}
+
+
+def _check_engine(
+    where: str,
+    engine: Engine,
+    values: Arrays,
+    batches: Sequence[Mapping[str, Tensor]],
+    losses: Sequence[float],
+    after: Arrays,
+    worst: _Worst,
+) -> None:
+    engine.load(values)
+    first = engine.evaluate(to_numpy(batches[0]))["loss"]
+    worst.add("loss", f"{where}, evaluation", _loss_error(first, losses[0]))
+    for step, (batch, expected) in enumerate(zip(batches, losses, strict=True)):
+        loss = engine.train_step(to_numpy(batch), LEARNING_RATE)
+        worst.add("loss", f"{where}, loss of step {step + 1}", _loss_error(loss, expected))
+    trained = engine.parameters()
+    for name, expected_value in after.items():
+        error = parameter_error(trained[name], expected_value, LEARNING_RATE)
+        worst.add("parameter", f"{where}, {name}", error)
+
+
+def _loss_error(got: float, expected: float) -> float:
+    return abs(got - expected) / max(abs(expected), 1e-2)

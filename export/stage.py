@@ -1,0 +1,169 @@
+"""Cutting the torch model by a plan: what trains, what the prefix computes, what the cut model gives.
+
+Rules: a cut shares the model's parameters, it copies nothing. Inside a cut names are local (blocks count
+from 0), so cuts of equal structure have equal names, and later equal files.
+
+Next: `export/graph.py`, which turns a cut into ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from export.schedules import StagePlan
+from models.encoder import Section
+from models.heads import ClassificationHead, Head
+from models.model import LABEL, Model
+from wire.manifest import TensorSpec
+
+
+class Cut(nn.Module):
+    """A part of the model with positional inputs, as an ONNX graph has them.
+
+    inputs: name -> one example's tensor, in the order of `forward`'s arguments. outputs: names.
+    """
+
+    inputs: dict[str, TensorSpec]
+    outputs: tuple[str, ...]
+
+    def torch_names(self, model: Model) -> dict[str, str]:
+        """Local parameter name -> the model's name of the same parameter."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {name: names[id(parameter)] for name, parameter in self.named_parameters()}
+
+
+class TrainCut(Cut):
+    """This stage's sections and the head: its inputs -> the loss, float32 []."""
+
+    outputs = ("loss",)
+
+    def __init__(self, sections: Mapping[str, Section], head: Head, inputs: dict[str, TensorSpec]) -> None:
+        super().__init__()
+        for name, section in sections.items():
+            self.add_module(name, section)
+        self.head = head
+        self.sections, self.inputs = dict(sections), inputs
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """`values`: batches [B, ...] of `inputs`."""
+        batch = dict(zip(self.inputs, values, strict=True))
+        embeddings = {}
+        for name, section in self.sections.items():
+            mask = batch.get(f"{name}_mask")
+            embeddings[name] = self.head.embed(name, section(batch[name], mask), mask)
+        return self.head.loss(embeddings, batch.get(LABEL))
+
+
+class SegmentCut(Cut):
+    """One modality's part of the prefix: a stage's inputs -> the next stage's features [B, T, D]."""
+
+    outputs = ("features",)
+
+    def __init__(self, section: Section, inputs: dict[str, TensorSpec]) -> None:
+        super().__init__()
+        self.section, self.inputs = section, inputs
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """The data, then its mask if there is one."""
+        features: Tensor = self.section(*values)
+        return features
+
+
+class EncoderCut(Cut):
+    """The model cut at a stage, one modality: raw inputs -> embedding float32 [B, E]."""
+
+    outputs = ("embedding",)
+
+    def __init__(self, name: str, section: Section, head: Head, inputs: dict[str, TensorSpec]) -> None:
+        super().__init__()
+        self.section = section
+        self.projection = head.projections[name]
+        self._embed = (head.embed, name)
+        self.inputs = inputs
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """The data, then its mask if there is one."""
+        embed, name = self._embed
+        mask = values[1] if len(values) > 1 else None
+        return embed(name, self.section(*values), mask)
+
+
+class ClassifierCut(Cut):
+    """Embeddings float32 [B, E] of all modalities -> logits float32 [B, C]."""
+
+    outputs = ("logits",)
+
+    def __init__(self, head: ClassificationHead) -> None:
+        super().__init__()
+        self.fuse, self.classify = head.fuse, head.classify
+        self._logits = head.logits
+        self.inputs = {name: TensorSpec((head.embedding,), "float32") for name in head.modalities}
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """One embedding per modality."""
+        return self._logits(dict(zip(self.inputs, values, strict=True)))
+
+
+@dataclass(frozen=True)
+class StageCuts:
+    """Everything a stage is made of; the fields are those of `wire.manifest.Stage`."""
+
+    plan: StagePlan
+    train: TrainCut
+    segments: dict[str, SegmentCut]
+    encoders: dict[str, EncoderCut]
+    classifier: ClassifierCut | None
+
+
+def cut_stages(model: Model, plans: tuple[StagePlan, ...]) -> list[StageCuts]:
+    """The cuts of every stage."""
+    followers = [*plans[1:], None]
+    return [_cut(model, plan, after) for plan, after in zip(plans, followers, strict=True)]
+
+
+def _cut(model: Model, plan: StagePlan, after: StagePlan | None) -> StageCuts:
+    sections, segments, encoders = {}, {}, {}
+    inputs: dict[str, TensorSpec] = {}
+    for name, encoder in model.encoders.items():
+        start, depth = plan.starts[name], plan.depths[name]
+        raw = encoder.modality(name).inputs
+        fed = raw if start is None else raw | {name: encoder.source.features}
+        sections[name] = encoder.section(start or 0, depth, stem=start is None)
+        inputs |= fed
+        if after is not None and after.starts[name] not in (None, start):
+            segments[name] = SegmentCut(sections[name], fed)
+        encoders[name] = EncoderCut(name, encoder.section(0, depth, stem=True), model.head, raw)
+    if LABEL in model.inputs:
+        inputs[LABEL] = model.inputs[LABEL]
+    train = TrainCut(sections, model.head, inputs)
+    head = model.head
+    classifier = ClassifierCut(head) if isinstance(head, ClassificationHead) else None
+    return StageCuts(plan, train, segments, encoders, classifier)
+
+
+def example(
+    inputs: Mapping[str, TensorSpec], batch_size: int, limits: Mapping[str, int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random inputs [B, ...]: normal floats, masks of 1 to T ones, integers below `limits[name]`.
+
+    Each example's floats have a mean of its own: examples that pool to the same embedding would leave a
+    contrastive loss with gradients of rounding noise.
+    """
+    batch = {}
+    for name, spec in inputs.items():
+        shape = (batch_size, *spec.shape)
+        if spec.dtype == "int64":
+            batch[name] = torch.randint(0, limits[name], shape, generator=generator)
+        elif name.endswith("_mask"):
+            lengths = torch.randint(1, spec.shape[0] + 1, (batch_size, 1), generator=generator)
+            batch[name] = (torch.arange(spec.shape[0]) < lengths).float()
+        else:
+            offset = torch.randn(
+                (batch_size, *[1] * (len(spec.shape) - 1), spec.shape[-1]), generator=generator
+            )
+            batch[name] = torch.randn(shape, generator=generator) + offset
+    return batch

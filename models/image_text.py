@@ -1,0 +1,53 @@
+"""The image-text models of the presets, for both tasks.
+
+Next: `models/registry.py`, the presets' sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from models.block import initialise
+from models.heads import ClassificationHead, ContrastiveHead, Head
+from models.image import image_encoder
+from models.model import Model
+from models.text import text_encoder
+from wire.errors import UserError
+
+
+def image_text(
+    *,
+    task: Literal["contrastive", "classification"] = "contrastive",
+    classes: int = 0,
+    size: int = 32,
+    patch: int = 4,
+    width: int = 128,
+    heads: int = 4,
+    image_blocks: int = 4,
+    text_blocks: int = 4,
+    vocabulary: int = 2048,
+    length: int = 32,
+    embedding: int = 128,
+) -> Model:
+    """A ViT and a text transformer of equal width under one head.
+
+    size, patch: pixels. vocabulary, length: of the tokens. embedding: the shared width, E.
+    classes: for classification only. Raises `UserError` for numbers that do not fit together.
+    """
+    encoders = {
+        "image": image_encoder(size=size, patch=patch, width=width, heads=heads, blocks=image_blocks),
+        "text": text_encoder(
+            vocabulary=vocabulary, length=length, width=width, heads=heads, blocks=text_blocks
+        ),
+    }
+    widths = dict.fromkeys(encoders, width)
+    head: Head
+    if task == "contrastive":
+        head = ContrastiveHead(widths, embedding)
+    elif task == "classification":
+        head = ClassificationHead(widths, embedding, classes)
+    else:
+        raise UserError(f"there is no task {task!r}", "choose contrastive or classification")
+    model = Model(encoders, head)
+    initialise(model)
+    return model
