@@ -1,0 +1,119 @@
+"""Engines: what runs a train step on the device. numpy in, numpy out, one protocol for all.
+
+Rules: an engine is one file here and one line in `ENGINES`. It runs one stage of one bundle; a session of
+it is `load`, then `train_step`s, then `parameters`. The contract test (`tests/test_engines.py`) runs on
+every engine in the table. Graphs that only infer (segments, encoders) run by `open_graph`.
+
+Next: `edge_client/engines/ort_training.py`, the first engine; `edge_client/train.py`, which drives one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from edge_client.engines.runtime import Run, open_graph
+from wire.errors import UserError
+from wire.manifest import Manifest
+from wire.tensors import Array, Arrays
+
+__all__ = [
+    "AUTO",
+    "ENGINES",
+    "Batch",
+    "BundleFile",
+    "Engine",
+    "Run",
+    "available",
+    "open_engine",
+    "open_graph",
+]
+
+AUTO = "auto"
+ENGINES: dict[str, str] = {  # in the order in which `auto` prefers them
+    "ort-training": "edge_client.engines.ort_training:OrtTraining",
+}
+"""Name -> `module:Class`; the class takes what `open_engine` takes, without the name."""
+
+Batch = Mapping[str, npt.NDArray[Any]]
+BundleFile = Callable[[str], Path]
+
+
+class Engine(Protocol):
+    """One stage, ready to train. Leaving its `with` block closes it."""
+
+    def load(self, parameters: Mapping[str, Array]) -> None:
+        """Take these values (torch name -> float32, at least all that train) and fresh moments."""
+        ...
+
+    def train_step(self, batch: Batch, learning_rate: float) -> float:
+        """One AdamW step on `batch` (the stage's inputs, `[B, *shape]`, any B); the loss before it."""
+        ...
+
+    def parameters(self) -> Arrays:
+        """Copies of what trains, as it is now: torch name -> float32, in `Stage.parameters`' order."""
+        ...
+
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """At least `loss`, the mean over the batch, without training."""
+        ...
+
+    def close(self) -> None:
+        """Give back the memory. The engine is of no use afterwards."""
+        ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *_exception: object) -> None: ...
+
+
+def available() -> list[str]:
+    """Names of the engines whose runtime loads here."""
+    return [name for name in ENGINES if _usable(name)]
+
+
+def open_engine(name: str, file: BundleFile, manifest: Manifest, stage: int, threads: int = 1) -> Engine:
+    """An engine for a stage. name: of `ENGINES`, or `auto`. file: name of a bundle's file -> its path.
+
+    Raises `UserError` for a name that is not an engine, a bundle that was not exported for it, or a
+    runtime that is not installed.
+    """
+    exported = manifest.stages[stage].engines
+    if name == AUTO:
+        usable = [engine for engine in ENGINES if engine in exported and _usable(engine)]
+        if not usable:
+            raise UserError(
+                f"none of the bundle's engines ({', '.join(exported)}) runs here",
+                f"install one: {', '.join(_install(engine) for engine in ENGINES if engine in exported)}",
+            )
+        name = usable[0]
+    if name not in ENGINES:
+        raise UserError(f"there is no engine {name!r}", f"choose one of {AUTO}, {', '.join(ENGINES)}")
+    if name not in exported:
+        raise UserError(f"the bundle has no files for the engine {name}", f"choose {' or '.join(exported)}")
+    engine: Engine = _load(name)(file, manifest, stage, threads)
+    return engine
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = ENGINES[name].partition(":")
+    engine = getattr(importlib.import_module(module), attribute)
+    if reason := engine.unusable():
+        raise UserError(f"the engine {name} cannot run here: {reason}", f"install it: {_install(name)}")
+    return engine
+
+
+def _usable(name: str) -> bool:
+    try:
+        _load(name)
+    except UserError:
+        return False
+    return True
+
+
+def _install(name: str) -> str:
+    return f"pip install 'lamina[{name}]'"

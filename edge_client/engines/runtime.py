@@ -1,0 +1,75 @@
+"""ONNX Runtime on a device: imported lean, opened lean, whichever of its packages is installed.
+
+Rules: everything here that needs the runtime imports it through `onnxruntime()`. The training package's
+import looks for its torch bridge, and with it loads torch and onnx wherever they happen to be installed:
+250 MB. Hiding `onnxruntime.training` during that import prevents it. Sessions keep no memory arena and
+use the threads they are given.
+
+Next: `edge_client/engines/ort_training.py`; `edge_client/cache.py` runs segments by `open_graph`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wire.errors import UserError
+from wire.manifest import Graph
+from wire.tensors import Array
+
+Inputs = Mapping[str, npt.NDArray[Any]]
+Run = Callable[[Inputs, Mapping[str, Array]], dict[str, Array]]
+
+_TRAINING = "onnxruntime.training"
+
+
+def onnxruntime() -> Any:
+    """The package. Raises `UserError` where it is missing or does not load."""
+    if "onnxruntime" in sys.modules:
+        return sys.modules["onnxruntime"]
+    sys.modules[_TRAINING] = None  # type: ignore[assignment]  # importing it raises ImportError
+    try:
+        import onnxruntime as package
+    except ImportError as error:
+        raise UserError(
+            f"ONNX Runtime cannot be used here: {error}", "install it: pip install 'lamina[ort-training]'"
+        ) from error
+    finally:
+        del sys.modules[_TRAINING]
+    return package
+
+
+def session_options(threads: int) -> Any:
+    """Options for a small device: no arena, `threads` within an operator, one operator at a time."""
+    package = onnxruntime()
+    options = package.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # errors
+    return options
+
+
+def open_graph(path: Path, graph: Graph, threads: int = 1) -> Run:
+    """An inference graph of the bundle as a function of (inputs by name, parameters by torch name).
+
+    Both may hold more than the graph needs. The result: output name -> array [B, ...]. Parameters are
+    read in place at every call, none is copied or kept.
+    """
+    session = onnxruntime().InferenceSession(
+        str(path), session_options(threads), providers=["CPUExecutionProvider"]
+    )
+
+    def run(inputs: Inputs, parameters: Mapping[str, Array]) -> dict[str, Array]:
+        feeds = {name: np.ascontiguousarray(inputs[name]) for name in graph.inputs}
+        feeds |= {name: parameters[torch_name] for name, torch_name in graph.parameters.items()}
+        outputs = session.run(list(graph.outputs), feeds)
+        return dict(zip(graph.outputs, outputs, strict=True))
+
+    return run
