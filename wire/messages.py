@@ -7,7 +7,7 @@ superseded or answered.
 
 An aggregator announces a run, clients say hello, an offer opens a round, reports close it:
 
-    Announcement -> Hello -> Offer -> (Want, chunks) -> Report -> (Want, chunks) -> Receipt
+    Announcement -> Hello -> Offer -> (Want, chunks) -> Report -> (Want, chunks) -> Receipt -> Usage
 
 Next: `wire/rounds.py`, which states these messages move each side through.
 """
@@ -50,10 +50,14 @@ class RoundKey(msgspec.Struct, frozen=True, order=True):
 
 
 class Announcement(msgspec.Struct, frozen=True, tag=True):
-    """A run exists. `open` is False once it is finished: clients then go home."""
+    """A run exists. `open` is False once it is finished: clients then go home.
+
+    started_s: Unix time of the run's start; of several open runs a client joins the newest.
+    """
 
     run: str
     manifest: BlobRef
+    started_s: float
     heartbeat_s: float
     open: bool = True
 
@@ -93,7 +97,6 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
 
     key: RoundKey
     cohort: tuple[str, ...]
-    manifest: BlobRef
     parameters: BlobRef
     frozen: tuple[BlobRef, ...]
     plan: TrainPlan
@@ -107,26 +110,18 @@ class Want(msgspec.Struct, frozen=True, tag=True):
     ranges: tuple[tuple[int, int], ...]
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """What the round cost the client. Bytes are counted at the MQTT socket since the last report."""
-
-    bytes_sent: int
-    bytes_received: int
-    peak_rss_bytes: int
-    seconds: float
-
-
 class Report(msgspec.Struct, frozen=True, tag=True):
-    """An update is ready to be fetched: the change of the stage's trainable groups, float32.
+    """An update is ready to be fetched: the change of the trained groups, float32 (safetensors).
 
+    groups: the parameter groups in it, all or some of the stage's trainable ones.
     loss: mean training loss over the last local epoch.
     """
 
     key: RoundKey
     update: BlobRef
+    groups: tuple[str, ...]
     num_examples: int
     loss: float
-    usage: Usage
 
 
 class Receipt(msgspec.Struct, frozen=True, tag=True):
@@ -137,8 +132,22 @@ class Receipt(msgspec.Struct, frozen=True, tag=True):
     detail: str = ""
 
 
-Message = Announcement | Hello | Bye | Offer | Want | Report | Receipt
-M = TypeVar("M", Announcement, Hello, Bye, Offer, Want, Report, Receipt)
+class Usage(msgspec.Struct, frozen=True, tag=True):
+    """What a round has cost a client; sent once, after the receipt.
+
+    bytes_sent, bytes_received: counted at the MQTT socket since the last `Usage`.
+    peak_rss_bytes: the process's high-water mark so far. seconds: from the offer to the receipt.
+    """
+
+    key: RoundKey
+    bytes_sent: int
+    bytes_received: int
+    peak_rss_bytes: int
+    seconds: float
+
+
+Message = Announcement | Hello | Bye | Offer | Want | Report | Receipt | Usage
+M = TypeVar("M", Announcement, Hello, Bye, Offer, Want, Report, Receipt, Usage)
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -3,8 +3,8 @@
     lamina/v1/<run>/bcast/run              announcement, retained
     lamina/v1/<run>/bcast/offer            the current round's offer, retained
     lamina/v1/<run>/bcast/blob/<sha256>    chunks that several clients want
-    lamina/v1/<run>/c/<client>/up/<kind>   hello, bye, want, chunk, report: only this client writes here
-    lamina/v1/<run>/c/<client>/down/<kind> want, chunk, receipt: only this client reads here
+    lamina/v1/<run>/c/<client>/up/<kind>   hello, bye, want, chunk, report, usage: only it writes
+    lamina/v1/<run>/c/<client>/down/<kind> want, chunk, receipt: only it reads
 
 So one access rule per direction suffices: a client publishes to `c/<itself>/up/#` and subscribes to
 `bcast/#` and `c/<itself>/down/#`.
@@ -21,7 +21,7 @@ from wire.errors import UserError
 
 ROOT = "lamina/v1"
 
-Up = Literal["hello", "bye", "want", "chunk", "report"]
+Up = Literal["hello", "bye", "want", "chunk", "report", "usage"]
 Down = Literal["want", "chunk", "receipt"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

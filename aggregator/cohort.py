@@ -1,0 +1,61 @@
+"""Who is there, and who trains in a round.
+
+A client is available from its hello until its bye (its own or its last will), or until it has been
+silent for `MISSED_HEARTBEATS` heartbeats. Time is passed in, so this file has no clock and no I/O.
+
+Next: `aggregator/run.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from wire.messages import Hello, RoundKey
+
+MISSED_HEARTBEATS = 3.5
+
+
+@dataclass(frozen=True)
+class Presence:
+    """A client's last hello and when it came, in seconds of a monotonic clock."""
+
+    hello: Hello
+    seen_s: float
+
+
+class Clients:
+    """The clients known in this run."""
+
+    def __init__(self, heartbeat_s: float) -> None:
+        self._silence_s = heartbeat_s * MISSED_HEARTBEATS
+        self._present: dict[str, Presence] = {}
+
+    def hello(self, client: str, hello: Hello, now_s: float) -> bool:
+        """Note a hello. True if the client was not there, or what it has changed."""
+        before = self._present.get(client)
+        self._present[client] = Presence(hello, now_s)
+        return before is None or before.hello != hello
+
+    def bye(self, client: str) -> bool:
+        """Note a bye. True if the client was there."""
+        return self._present.pop(client, None) is not None
+
+    def available(self, now_s: float) -> list[str]:
+        """Names of the clients that are there, sorted; those silent for too long are forgotten."""
+        for name in [n for n, p in self._present.items() if now_s - p.seen_s > self._silence_s]:
+            del self._present[name]
+        return sorted(self._present)
+
+
+def select(available: Iterable[str], fraction_train: float, seed: int, key: RoundKey) -> tuple[str, ...]:
+    """A round's cohort: `ceil(fraction_train * available)` names, sorted.
+
+    The draw depends on nothing but the names, the seed and the round.
+    """
+    names = sorted(available)
+    count = min(len(names), math.ceil(fraction_train * len(names) - 1e-9))
+    draw = random.Random(f"{seed}/{key.stage}/{key.round}")
+    return tuple(sorted(draw.sample(names, max(count, 1)))) if names else ()

@@ -1,0 +1,82 @@
+"""Packages come through npm, count only with their pinned content, and are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from tiny_registry import Publish, calls
+
+from lamina.data import registry
+from lamina.data.registry import cache_folder, fetch, read_member
+from wire.errors import UserError
+
+
+def quiet(what: str, done: int, steps: int) -> None:
+    pass
+
+
+def test_packages_are_fetched_once_and_kept(
+    archives: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = [publish("@icons/one", {"a.json": 1}), publish("two", {"a.json": [2]})]
+    steps: list[tuple[int, int]] = []
+    paths = fetch(packages, lambda what, done, of: steps.append((done, of)))
+    assert [read_member(paths[p.name], "a.json") for p in packages] == [b"1", b"[2]"]
+    assert steps == [(0, 2), (1, 2), (2, 2)]
+    assert sorted(calls(archives)) == ["@icons/one@1.0.0", "two@1.0.0"]
+
+    monkeypatch.setenv("PATH", "")
+    assert fetch(packages, quiet) == paths
+    assert sorted(cache_folder().iterdir()) == sorted(paths.values())
+
+
+def test_a_damaged_download_is_fetched_again(archives: Path, publish: Publish) -> None:
+    package = publish("one", {"a.json": 1})
+    path = fetch([package], quiet)["one"]
+    path.write_bytes(b"half")
+    fetch([package], quiet)
+    assert read_member(path, "a.json") == b"1"
+    assert len(calls(archives)) == 2
+
+
+def test_other_content_is_refused_and_not_kept(publish: Publish) -> None:
+    pinned = publish("one", {"a.json": 1})
+    publish("one", {"a.json": 2})
+    with pytest.raises(UserError, match=r"one 1\.0\.0 is not the content") as caught:
+        fetch([pinned], quiet)
+    assert "npm config get registry" in caught.value.hint
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_what_npm_cannot_get_is_named(archives: Path, publish: Publish) -> None:
+    good, gone = publish("good", {"a.json": 1}), publish("gone", {"a.json": 1})
+    (archives / gone.archive).unlink()
+    with pytest.raises(UserError, match=r"npm could not download gone 1.0.0 \(E404\)") as caught:
+        fetch([good, gone], quiet)
+    assert "npm ping" in caught.value.hint
+
+
+def test_no_npm_at_all(archives: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = publish("one", {"a.json": 1})
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(registry.sysconfig, "get_path", lambda name: "/nonexistent")
+    with pytest.raises(UserError, match=r"no npm to download one 1\.0\.0") as caught:
+        fetch([package], quiet)
+    assert "lamina[data]" in caught.value.hint
+
+
+def test_the_npm_beside_this_python_will_do(
+    archives: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = publish("one", {"a.json": 1})
+    monkeypatch.setattr(registry.sysconfig, "get_path", lambda name, path=os.environ["PATH"]: path)
+    monkeypatch.setenv("PATH", "")
+    assert fetch([package], quiet)["one"].is_file()
+
+
+def test_the_archive_is_called_what_npm_calls_it(publish: Publish) -> None:
+    package = msgspec.structs.replace(publish("@icons/one", {}), version="2.1.0")
+    assert package.archive == "icons-one-2.1.0.tgz"

@@ -1,0 +1,267 @@
+"""The contract of every engine in the table: it follows torch, at one thread and at two."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import arrays, bundle, small, values_of
+
+import edge_client.engines as engines
+from edge_client.engines import AUTO, ENGINES, open_engine
+from edge_client.engines.ort_training import OrtTraining
+from export.parity import input_limits, parameter_error, reference
+from export.schedules import SCHEDULES
+from export.stage import cut_stages, example
+from models.registry import build
+from wire.errors import LocalError, UserError
+from wire.manifest import AdamW
+
+LEARNING_RATE = 1e-3
+STEPS = 10
+MAX_ERROR = 1e-3
+
+HEADS = ("contrastive", "classification")
+NUM_STAGES = {"layerwise": 3, "progressive": 3, "end_to_end": 1}  # of the uneven encoders, 3 and 2 blocks
+CASES = [
+    (engine, head, schedule, stage)
+    for engine, head, schedule in itertools.product(ENGINES, HEADS, NUM_STAGES)
+    for stage in range(NUM_STAGES[schedule])
+]
+
+
+class Case:
+    """A bundle with what torch makes of one of its stages."""
+
+    def __init__(self, model, exported, folder, schedule):
+        self.model, self.manifest, self.folder = model, exported.manifest, folder
+        self.cuts = cut_stages(model, SCHEDULES[schedule](model.depths).stages)
+        self.values = values_of(model)
+
+    def open(self, engine, stage, threads=1):
+        return open_engine(engine, self.folder.joinpath, self.manifest, stage, threads)
+
+    def batches(self, stage, size=5, last=2, seed=0):
+        generator, inputs = torch.Generator().manual_seed(seed), self.cuts[stage].train.inputs
+        sizes = [size] * (STEPS - 1) + [last]
+        return [example(inputs, one, input_limits(self.model), generator) for one in sizes]
+
+    def torch_steps(self, stage, batches, learning_rate=LEARNING_RATE):
+        return reference(
+            self.cuts[stage].train, self.model, batches, self.manifest.optimizer, learning_rate
+        )
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    made = {}
+
+    def make(head="contrastive", schedule="layerwise", optimizer=None):
+        key = (head, schedule, optimizer)
+        if key not in made:
+            model, folder = small(head), tmp_path_factory.mktemp("bundle") / "bundle"
+            made[key] = Case(model, bundle(model, folder, schedule, optimizer=optimizer), folder, schedule)
+        return made[key]
+
+    return make
+
+
+def assert_follows(engine, batches, losses, after, learning_rate=LEARNING_RATE):
+    got = [engine.train_step(arrays(batch), learning_rate) for batch in batches]
+    np.testing.assert_allclose(got, losses, rtol=1e-3, atol=1e-4)
+    trained = engine.parameters()
+    assert set(trained) == set(after)
+    errors = {name: parameter_error(trained[name], after[name], learning_rate) for name in after}
+    assert max(errors.values()) < MAX_ERROR, max(errors, key=errors.__getitem__)
+    assert all(np.isfinite(value).all() for value in trained.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("engine", "head", "schedule", "stage"), CASES)
+def test_it_follows_torch(case, engine, head, schedule, stage, threads):
+    one = case(head, schedule)
+    batches = one.batches(stage)
+    losses, after = one.torch_steps(stage, batches)
+    with one.open(engine, stage, threads) as opened:
+        opened.load(one.values)
+        assert_follows(opened, batches, losses, after)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_is_torchs_adamw(case, engine):
+    settings = AdamW(beta1=0.8, beta2=0.95, eps=1e-4, weight_decay=0.5)
+    one = case(optimizer=settings)
+    batches = one.batches(0)
+    losses, after = one.torch_steps(0, batches, 1e-2)
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        assert_follows(opened, batches, losses, after, 1e-2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_value_goes_to_its_own_parameter(case, engine):
+    one = case("classification")
+    generator = np.random.default_rng(0)
+    values = {
+        name: generator.normal(scale=0.1, size=value.shape).astype(np.float32)
+        for name, value in one.values.items()
+    }
+    stage = one.manifest.stages[1]
+    with one.open(engine, 1) as opened:
+        opened.load(values)
+        got = opened.parameters()
+    assert list(got) == list(stage.parameters.values())
+    assert set(got) == set(one.manifest.names_of(stage.trainable))
+    assert all(np.array_equal(got[name], values[name]) for name in got)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("head", HEADS)
+def test_evaluation_is_the_loss_and_trains_nothing(case, engine, head):
+    one = case(head)
+    batch = one.batches(0)[0]
+    with torch.no_grad():
+        expected = one.cuts[0].train(*batch.values()).item()
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        for _ in range(2):
+            assert opened.evaluate(arrays(batch))["loss"] == pytest.approx(expected, rel=1e-4)
+        assert all(np.array_equal(value, one.values[name]) for name, value in opened.parameters().items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loading_starts_anew_bit_by_bit(case, engine):
+    one = case()
+    batches = [arrays(batch) for batch in one.batches(0)]
+    with one.open(engine, 0) as opened:
+        runs = []
+        for _ in range(2):
+            opened.load(one.values)
+            losses = [opened.train_step(batch, LEARNING_RATE) for batch in batches]
+            runs.append((losses, opened.parameters()))
+    assert runs[0][0] == runs[1][0]
+    assert all(np.array_equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_learning_rate_is_each_steps_own(case, engine):
+    one = case()
+    batches = one.batches(0)
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        opened.train_step(arrays(batches[0]), 0.0)
+        assert all(np.array_equal(value, one.values[name]) for name, value in opened.parameters().items())
+        opened.train_step(arrays(batches[0]), 1e-2)
+        moved = opened.parameters()["head.log_scale"] - one.values["head.log_scale"]
+        assert 5e-3 < abs(moved[0]) < 2e-2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_of_exactly_zero_is_not_nan(case, engine):
+    one = case()
+    values = one.values | {"head.log_scale": np.array([9.0], np.float32)}  # over its bound: no gradient
+    batch = arrays(one.batches(0)[0])
+    unused = next(row for row in range(60) if row not in batch["text"])
+    with one.open(engine, 0) as opened:
+        opened.load(values)
+        losses = [opened.train_step(batch, LEARNING_RATE) for _ in range(3)]
+        trained = opened.parameters()
+    decayed = (1 - LEARNING_RATE * one.manifest.optimizer.weight_decay) ** 3
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(trained["head.log_scale"], 9.0 * decayed, rtol=1e-6)
+    name = "text.stem.embed.weight"
+    np.testing.assert_allclose(trained[name][unused], values[name][unused] * decayed, rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_comes_out_is_a_copy(case, engine):
+    one = case()
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        before = opened.parameters()
+        kept = {name: value.copy() for name, value in before.items()}
+        opened.train_step(arrays(one.batches(0)[0]), 1e-2)
+    assert all(np.array_equal(before[name], kept[name]) for name in before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_call_before_load_is_our_own_fault(case, engine):
+    one = case()
+    batch = arrays(one.batches(0)[0])
+    opened = one.open(engine, 0)
+    for call in (lambda: opened.train_step(batch, 0.1), opened.parameters, lambda: opened.evaluate(batch)):
+        with pytest.raises(LocalError):
+            call()
+
+
+def test_auto_takes_what_is_there(case):
+    assert engines.available() == list(ENGINES)
+    assert isinstance(case().open(AUTO, 0), OrtTraining)
+
+
+def test_a_missing_runtime_names_what_to_install(case, monkeypatch):
+    monkeypatch.setattr(OrtTraining, "unusable", staticmethod(lambda: "it is not there"))
+    assert engines.available() == []
+    for name in (AUTO, "ort-training"):
+        with pytest.raises(UserError) as caught:
+            case().open(name, 0)
+        assert "lamina[ort-training]" in caught.value.hint
+
+
+def test_a_runtime_that_only_infers_is_refused(case, monkeypatch):
+    monkeypatch.setattr("edge_client.engines.ort_training._bindings", object)
+    with pytest.raises(UserError, match="cannot train"):
+        case().open("ort-training", 0)
+
+
+def test_an_unknown_engine_is_refused(case):
+    with pytest.raises(UserError, match="no engine 'abacus'"):
+        case().open("abacus", 0)
+
+
+def test_a_device_loads_neither_torch_nor_onnx(case):
+    """Though both are installed here; and the training package can be imported afterwards."""
+    one = case()
+    program = f"""
+import sys, warnings
+from pathlib import Path
+import numpy as np
+from edge_client.engines import open_engine
+from wire.manifest import decode_manifest
+from wire.tensors import unpack_file
+folder = Path({str(one.folder)!r})
+manifest = decode_manifest((folder / "manifest.json").read_bytes())
+values = unpack_file(folder / manifest.initial, manifest.shapes_of(manifest.stages[0].trainable) | {{
+    name: parameter.shape for name, parameter in manifest.parameters.items()}})
+with open_engine("auto", folder.joinpath, manifest, 0) as engine:
+    engine.load(values)
+    inputs = manifest.stages[0].inputs
+    batch = {{name: np.ones((2, *spec.shape), spec.dtype) for name, spec in inputs.items()}}
+    assert np.isfinite(engine.train_step(batch, 1e-3))
+loaded = {{"torch", "onnx", "onnxscript", "onnxruntime.training"}} & set(sys.modules)
+assert not loaded, loaded
+warnings.simplefilter("ignore")
+from onnxruntime.training import artifacts
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_preset_tiny_trains(engine, tmp_path):
+    torch.manual_seed(0)
+    model = build("tiny")
+    one = Case(model, bundle(model, tmp_path / "bundle"), tmp_path / "bundle", "layerwise")
+    batches = one.batches(1, size=8, last=3)
+    losses, after = one.torch_steps(1, batches)
+    with one.open(engine, 1, threads=2) as opened:
+        opened.load(one.values)
+        assert_follows(opened, batches, losses, after)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small_models import small, three
+
+from export.parity import input_limits
+from export.stage import example
+from models.model import group_of, parameter_groups
+from models.registry import PRESETS, build
+from wire.errors import UserError
+
+
+def batch_of(model, size, seed=0):
+    return example(model.inputs, size, input_limits(model), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_builds_and_says_how_to_build_it_again(name):
+    model = build(name)
+    assert model.builder == "models.image_text:image_text"
+    again = build(model.builder, **model.builder_options)
+    assert {n: p.shape for n, p in again.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
+    assert again.builder_options == model.builder_options
+
+
+def test_tiny_is_as_small_as_it_says():
+    assert 1.3e6 < sum(p.numel() for p in build("tiny").parameters()) < 2e6
+
+
+def test_the_same_seed_builds_the_same_weights():
+    one, two, other = small(seed=3), small(seed=3), small(seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.image.stem.embed.weight, other.image.stem.embed.weight)
+
+
+def test_groups_follow_the_modules():
+    groups = parameter_groups(small())
+    assert list(groups) == [
+        "image.stem",
+        "image.block.0",
+        "image.block.1",
+        "image.block.2",
+        "text.stem",
+        "text.block.0",
+        "text.block.1",
+        "head",
+    ]
+    assert all(group_of(name) == group for group, names in groups.items() for name in names)
+    assert [n for names in groups.values() for n in names] == [n for n, _ in small().named_parameters()]
+
+
+def test_modalities_tell_a_device_what_to_make():
+    image, text = small().modalities["image"], small().modalities["text"]
+    assert image.inputs["image"].shape == (3, 8, 8)
+    assert image.options["size"] == 8
+    assert {name: (spec.shape, spec.dtype) for name, spec in text.inputs.items()} == {
+        "text": ((6,), "int64"),
+        "text_mask": ((6,), "float32"),
+    }
+    assert text.options == {"tokenizer": "tokenizer.model", "vocabulary": 60, "length": 6}
+
+
+@pytest.mark.parametrize("task", ["contrastive", "classification"])
+def test_padding_changes_nothing(task):
+    model = small(task).eval()
+    batch = batch_of(model, 5)
+    batch["text_mask"][:, 3:], batch["text_mask"][:, :3] = 0, 1
+    before = model(batch)
+    batch["text"][:, 3:] = (batch["text"][:, 3:] + 7) % 60
+    assert torch.equal(model(batch), before)
+    batch["text"][:, :3] = (batch["text"][:, :3] + 7) % 60
+    assert not torch.equal(model(batch), before)
+
+
+def test_a_text_without_tokens_is_finite():
+    model = small()
+    batch = batch_of(model, 3)
+    batch["text_mask"][1] = 0
+    loss = model(batch)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "depths", [{"image": 1, "text": 1}, {"image": 2, "text": 2}, {"image": 3, "text": 1}]
+)
+def test_the_head_fits_every_depth(depths):
+    model = small("classification")
+    model.cut(depths)
+    assert model.depths == depths
+    assert math.isfinite(model(batch_of(model, 4)).item())
+
+
+def test_contrastive_embeddings_have_length_one_and_one_example_has_no_loss():
+    model = small()
+    embeddings = model.embed(batch_of(model, 4))
+    for embedding in embeddings.values():
+        assert embedding.shape == (4, 8)
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(4))
+    assert abs(model(batch_of(model, 1)).item()) < 1e-5
+
+
+def test_the_contrastive_loss_is_the_cross_entropy_over_rows_and_columns():
+    model = small()
+    batch = batch_of(model, 7)
+    embeddings = model.embed(batch)
+    logits = model.head.log_scale.exp() * embeddings["image"] @ embeddings["text"].T
+    target = torch.arange(7)
+    entropy = torch.nn.functional.cross_entropy
+    expected = (entropy(logits, target) + entropy(logits.T, target)) / 2
+    torch.testing.assert_close(model(batch), expected)
+
+
+def test_the_classification_loss_is_the_cross_entropy():
+    model = small("classification")
+    batch = batch_of(model, 7)
+    logits = model.head.logits(model.embed(batch))
+    assert logits.shape == (7, 3)
+    torch.testing.assert_close(model(batch), torch.nn.functional.cross_entropy(logits, batch["label"]))
+
+
+def test_the_temperature_is_bounded():
+    model = small()
+    batch = batch_of(model, 4)
+    with torch.no_grad():
+        model.head.log_scale.fill_(math.log(100.0))
+        at_bound = model(batch)
+        model.head.log_scale.fill_(50.0)
+    above = model(batch)
+    above.backward()
+    torch.testing.assert_close(above, at_bound)
+    assert model.head.log_scale.grad.item() == 0.0
+
+
+def test_three_modalities_are_the_mean_over_pairs():
+    torch.manual_seed(0)
+    model = three(width=16)
+    batch = batch_of(model, 5)
+    embeddings = model.embed(batch)
+    scale = model.head.log_scale.exp()
+    pairs = [("left", "right"), ("left", "text"), ("right", "text")]
+    expected = [model.head._pair(scale, embeddings[a], embeddings[b]) for a, b in pairs]
+    torch.testing.assert_close(model(batch), torch.stack(expected).mean())
+
+
+def test_a_users_own_builder():
+    model = build("small_models:three", width=16)
+    assert (model.builder, model.builder_options) == ("small_models:three", {"width": 16, "blocks": 2})
+    assert list(model.modalities) == ["left", "right", "text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("tinny", {}, "did you mean tiny"),
+        ("nowhere.at_all:builder", {}, "cannot load"),
+        ("small_models:missing", {}, "cannot load"),
+        ("small_models:BUILDER", {}, "not a function"),
+        ("small_models:not_a_model", {}, "returned str"),
+        ("small_models:three", {}, "cannot be built"),
+        ("tiny", {"with": 3}, "no option 'with'"),
+        ("tiny", {"width": "wide"}, "cannot be built"),
+        ("tiny", {"width": object()}, "not a JSON value"),
+        ("tiny", {"image_blocks": 0}, "without blocks"),
+        ("tiny", {"patch": 5}, "do not tile"),
+        ("tiny", {"heads": 3}, "do not divide"),
+        ("tiny", {"task": "regression"}, "no task"),
+        ("tiny", {"task": "classification"}, "0 classes"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_one_line(name, options, says):
+    with pytest.raises(UserError) as caught:
+        build(name, **options)
+    text = f"{caught.value} {caught.value.hint}"
+    assert says in text
+    assert "\n" not in text
+    assert caught.value.hint
