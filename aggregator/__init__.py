@@ -1,1 +1,4 @@
-"""The program on the laptop: cohort, offer, collect, combine, checkpoint, advance. No torch."""
+"""The program on the laptop: cohort, offer, collect, combine, checkpoint, advance. No torch.
+
+Nothing is imported here. Start at `aggregator/run.py`, the whole story on one screen.
+"""

@@ -6,38 +6,42 @@ Names are those of Flower and its peers where the thing is the same. Next: `aggr
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from wire.errors import UserError
 from wire.messages import RoundKey, TrainPlan
 
 
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A run's settings.
+    """A run's settings; the descriptions are the command line's help.
 
-    fraction_train: share of the available clients in a round's cohort, in (0, 1].
-    min_available_clients: a round is opened once so many are there.
-    min_updates: a round that has fewer at its deadline stays open for as long again.
-    round_deadline_s: a round is closed then, with the updates that are in.
-    rounds: per stage, instead of the bundle's own numbers (0: the bundle's).
-    learning_rate: AdamW's at the start of a stage; it falls to `final_learning_rate_share` of it along a
-        half cosine over the stage's rounds.
-    announce_s, heartbeat_s: how often the aggregator repeats itself, and clients do.
+    The learning rate is AdamW's at the start of a stage; it falls to `final_learning_rate_share` of it
+    along a half cosine over the stage's rounds.
     """
 
-    fraction_train: float = 1.0
-    min_available_clients: int = 2
-    min_updates: int = 1
-    round_deadline_s: float = 600.0
-    rounds: int = 0
-    local_epochs: int = 1
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    final_learning_rate_share: float = 0.1
-    seed: int = 0
-    announce_s: float = 5.0
-    heartbeat_s: float = 10.0
+    fraction_train: Annotated[float, Meta(description="Share of the available clients in a round.")] = 1.0
+    min_available_clients: Annotated[
+        int, Meta(description="A round is opened once so many clients are there.")
+    ] = 2
+    min_updates: Annotated[
+        int, Meta(description="With fewer at its deadline, a round is offered once more.")
+    ] = 1
+    round_deadline_s: Annotated[
+        float, Meta(description="Seconds until a round ends with the updates that are in.")
+    ] = 600.0
+    rounds: Annotated[int, Meta(description="Rounds of every stage; 0: as the bundle says.")] = 0
+    local_epochs: Annotated[int, Meta(description="Epochs over a client's data in a round.")] = 1
+    batch_size: Annotated[int, Meta(description="Examples in a train step.")] = 32
+    learning_rate: Annotated[float, Meta(description="AdamW's, at the start of a stage.")] = 1e-3
+    final_learning_rate_share: Annotated[
+        float, Meta(description="Share of the learning rate that is left in a stage's last round.")
+    ] = 0.1
+    seed: Annotated[int, Meta(description="Of cohorts and of the order of examples.")] = 0
+    announce_s: Annotated[float, Meta(description="Seconds between two copies of an offer.")] = 5.0
+    heartbeat_s: Annotated[float, Meta(description="Seconds between two signs of life of a client.")] = 10.0
 
     def __post_init__(self) -> None:
         """Raises `UserError` for the first setting out of range."""
@@ -45,14 +49,15 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "fraction_train": (0 < self.fraction_train <= 1, "more than 0, at most 1"),
             "min_available_clients": (self.min_available_clients >= 1, "at least 1"),
             "min_updates": (self.min_updates >= 1, "at least 1"),
-            "round_deadline_s": (self.round_deadline_s > 0, "more than 0 seconds"),
+            "round_deadline_s": (0 < self.round_deadline_s < math.inf, "more than 0 seconds"),
             "rounds": (self.rounds >= 0, "0 or more"),
             "local_epochs": (self.local_epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
             "final_learning_rate_share": (0 <= self.final_learning_rate_share <= 1, "between 0 and 1"),
-            "announce_s": (self.announce_s > 0, "more than 0 seconds"),
-            "heartbeat_s": (self.heartbeat_s > 0, "more than 0 seconds"),
+            "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
+            "announce_s": (0 < self.announce_s < math.inf, "more than 0 seconds"),
+            "heartbeat_s": (0 < self.heartbeat_s < math.inf, "more than 0 seconds"),
         }
         for name, (fits, allowed) in limits.items():
             if not fits:

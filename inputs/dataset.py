@@ -13,7 +13,7 @@ Next: `edge_client/cache.py`, which keeps the prefix's features under the same f
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Dataset:
     groups: tuple[str, ...] | None
     num_examples: int
     num_left_out: int
+    _inputs: Mapping[str, frozenset[str]]
     _readers: Mapping[str, Reader]
     _encoded: Mapping[str, AnyArray]
 
@@ -82,24 +83,31 @@ class Dataset:
         chosen = [Cells(folder, table, rows, cells[name], readers[name]) for name in modalities]
         values = [[cells[name][row] for row in rows] for name in needed]
         key = msgspec.json.encode([*modalities.items(), task, *classes, values], order="deterministic")
-        name = fingerprint(key, chosen)
-        arrays = [encoded(one, cache / f"{name}.{place}.npy") for place, one in enumerate(chosen)]
+        content = fingerprint(key, chosen)
+        arrays = [encoded(one, cache / f"{content}.{place}.npy") for place, one in enumerate(chosen)]
         groups = tuple(cells[GROUP][row] for row in rows) if GROUP in cells else None
         arrays_of = dict(zip(modalities, arrays, strict=True))
-        return cls(name, labels, groups, len(rows), left_out, readers, arrays_of)
+        inputs = {name: frozenset(modality.inputs) for name, modality in modalities.items()}
+        return cls(content, labels, groups, len(rows), left_out, inputs, readers, arrays_of)
 
     def __len__(self) -> int:
         return self.num_examples
 
-    def batch(self, indices: npt.NDArray[np.integer] | Sequence[int]) -> dict[str, AnyArray]:
-        """Inputs by name, each `[B, *shape]` of its `TensorSpec`; `label` int64 `[B]` of classification."""
+    def batch(
+        self, indices: npt.NDArray[np.integer] | Sequence[int], names: Set[str] | None = None
+    ) -> dict[str, AnyArray]:
+        """Inputs by name, each `[B, *shape]` of its `TensorSpec`; `label` int64 `[B]` of classification.
+
+        names: those wanted, None for all; what is not wanted is not read.
+        """
         chosen = np.asarray(indices, np.int64)
         arrays: dict[str, AnyArray] = {}
         for name, reader in self._readers.items():
-            arrays.update(reader.decode(self._encoded[name][chosen]))
+            if names is None or not names.isdisjoint(self._inputs[name]):
+                arrays.update(reader.decode(self._encoded[name][chosen]))
         if self.labels is not None:
             arrays[LABEL] = self.labels[chosen]
-        return arrays
+        return arrays if names is None else {name: arrays[name] for name in names}
 
 
 def _columns(

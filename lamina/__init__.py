@@ -1,1 +1,4 @@
-"""The front door: the `lamina` command, local runs, data sets, reports."""
+"""The front door: the `lamina` command, local runs, data sets, evaluation.
+
+Nothing is imported here. Start at `lamina/cli.py`.
+"""

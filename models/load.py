@@ -7,26 +7,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from models.model import Model
 from models.registry import build
-from models.saved import MODEL_NAME, WEIGHTS_NAME, SavedModel
+from models.saved import WEIGHTS_NAME, read_saved
 from wire.errors import UserError
 
 
 def load(folder: Path | str) -> Model:
     """The module in eval mode, with the trained weights. Raises `UserError` if the folder holds none."""
     path = Path(folder)
+    saved = read_saved(path)
     try:
-        saved = msgspec.json.decode((path / MODEL_NAME).read_bytes(), type=SavedModel)
         weights = load_file(path / WEIGHTS_NAME)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} holds no trained model: {error}", "name the folder of a final model"
+            f"{path} holds no trained weights: {error}", "name the folder of a final model"
         ) from error
     with torch.random.fork_rng(
         devices=[]

@@ -8,10 +8,12 @@ Next: `models/load.py`, which makes the torch module again; `export/final.py`, w
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from wire.errors import UserError
 from wire.manifest import Modality, Task
 
 MODEL_NAME = "model.json"
@@ -28,3 +30,13 @@ class SavedModel(msgspec.Struct, frozen=True):
     modalities: dict[str, Modality]
     classes: tuple[str, ...]
     depths: dict[str, int]
+
+
+def read_saved(folder: Path) -> SavedModel:
+    """A folder's `model.json`. Raises `UserError` where there is none."""
+    try:
+        return msgspec.json.decode((folder / MODEL_NAME).read_bytes(), type=SavedModel)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{folder} holds no trained model: {error}", "name the folder of a final model"
+        ) from error

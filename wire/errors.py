@@ -9,26 +9,41 @@ Next: `wire/rounds.py`, whose illegal moves are `LocalError`s of the side that m
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Refusal = Literal[
+    "malformed",
+    "too_large",
+    "hash_mismatch",
+    "wrong_shape",
+    "not_finite",
+    "zero_examples",
+    "wrong_stage",
+    "wrong_round",
+    "not_selected",
+    "duplicate",
+    "late",
+]
+"""The names of refusals, as they go over the wire."""
 
 
 class LaminaError(Exception):
-    """Base of all deliberate errors; `str(error)` is one line for a person."""
-
-    exit_code: ClassVar[int] = 1
-
-
-class UserError(LaminaError):
-    """The person at the command line has to act: a path, an option, their data.
+    """Base of all deliberate errors; `str(error)` is one line for a person.
 
     `hint` is the next step and is printed after the line that says what is wrong.
     """
 
-    exit_code = 2
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class UserError(LaminaError):
+    """The person at the command line has to act: a path, an option, their data."""
+
+    exit_code = 2
 
 
 class LocalError(LaminaError):
@@ -44,13 +59,10 @@ class TransportError(LaminaError):
 
 
 class PeerError(LaminaError):
-    """The other side sent something that cannot be used. It is told so, and counted.
-
-    `reason` is the refusal's name on the wire (`wire.messages.Refusal`).
-    """
+    """The other side sent something that cannot be used. It is told so, and counted."""
 
     exit_code = 76
-    reason: ClassVar[str] = "malformed"
+    reason: Refusal = "malformed"
 
 
 class Malformed(PeerError):
@@ -81,3 +93,7 @@ class NotFinite(PeerError):
     """Tensors that hold NaN or infinity."""
 
     reason = "not_finite"
+
+
+class Silent(PeerError):
+    """The other side has stopped sending what it had offered. It is not told: it does not listen."""

@@ -169,6 +169,14 @@ class Manifest(msgspec.Struct, frozen=True):
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
                 raise ValueError(f"file name {name!r} leaves the bundle")
 
+    def groups_frozen_after(self, stage: int) -> tuple[str, ...]:
+        """Groups that train in `stage` (counted from 0) and are frozen in the next."""
+        if stage + 1 >= len(self.stages):
+            return ()
+        return tuple(
+            group for group in self.stages[stage].trainable if group in self.stages[stage + 1].frozen
+        )
+
     def names_of(self, groups: tuple[str, ...]) -> list[str]:
         """Torch names of the parameters of these groups, in manifest order."""
         wanted = set(groups)

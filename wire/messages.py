@@ -14,29 +14,15 @@ Next: `wire/rounds.py`, which states these messages move each side through.
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
-from wire.errors import Malformed, TooLarge
+from wire.errors import Malformed, Refusal, TooLarge
 from wire.manifest import BlobRef
 
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
-
-Refusal = Literal[
-    "malformed",
-    "too_large",
-    "hash_mismatch",
-    "wrong_shape",
-    "not_finite",
-    "zero_examples",
-    "wrong_stage",
-    "wrong_round",
-    "not_selected",
-    "duplicate",
-    "late",
-]
 
 
 class RoundKey(msgspec.Struct, frozen=True, order=True):
@@ -53,12 +39,14 @@ class Announcement(msgspec.Struct, frozen=True, tag=True):
     """A run exists. `open` is False once it is finished: clients then go home.
 
     started_s: Unix time of the run's start; of several open runs a client joins the newest.
+    chunk_bytes: the size of a packet in this run's transfers, header included (`wire/transfer.py`).
     """
 
     run: str
     manifest: BlobRef
     started_s: float
     heartbeat_s: float
+    chunk_bytes: int
     open: bool = True
 
 
@@ -81,21 +69,23 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
 class TrainPlan(msgspec.Struct, frozen=True):
     """How to train locally in this round. `seed` fixes the order of the examples."""
 
-    learning_rate: float
-    batch_size: int
-    local_epochs: int
-    seed: int
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)]
+    batch_size: Annotated[int, msgspec.Meta(ge=1)]
+    local_epochs: Annotated[int, msgspec.Meta(ge=1)]
+    seed: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
     """A round is open for `cohort`.
 
+    opened_s: Unix time of its opening; an aggregator that was restarted opens a round once more.
     parameters: values of the stage's trainable groups now (safetensors).
     frozen: for each earlier stage, the values of the groups that were frozen after it.
     deadline_s: seconds left when this copy was published.
     """
 
     key: RoundKey
+    opened_s: float
     cohort: tuple[str, ...]
     parameters: BlobRef
     frozen: tuple[BlobRef, ...]

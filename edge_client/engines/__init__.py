@@ -10,7 +10,7 @@ Next: `edge_client/engines/ort_training.py`, the first engine; `edge_client/trai
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ __all__ = [
     "Engine",
     "Run",
     "available",
+    "choose",
     "open_engine",
     "open_graph",
 ]
@@ -76,26 +77,34 @@ def available() -> list[str]:
     return [name for name in ENGINES if _usable(name)]
 
 
-def open_engine(name: str, file: BundleFile, manifest: Manifest, stage: int, threads: int = 1) -> Engine:
-    """An engine for a stage. name: of `ENGINES`, or `auto`. file: name of a bundle's file -> its path.
+def choose(name: str, exported: Collection[str]) -> str:
+    """The engine that `name`, of `ENGINES` or `auto`, comes to for a bundle `exported` for these engines.
 
     Raises `UserError` for a name that is not an engine, a bundle that was not exported for it, or a
     runtime that is not installed.
     """
-    exported = manifest.stages[stage].engines
     if name == AUTO:
-        usable = [engine for engine in ENGINES if engine in exported and _usable(engine)]
-        if not usable:
-            raise UserError(
-                f"none of the bundle's engines ({', '.join(exported)}) runs here",
-                f"install one: {', '.join(_install(engine) for engine in ENGINES if engine in exported)}",
-            )
-        name = usable[0]
+        for engine in ENGINES:
+            if engine in exported and _usable(engine):
+                return engine
+        raise UserError(
+            f"none of the bundle's engines ({', '.join(exported)}) runs here",
+            f"install one: {', '.join(_install(engine) for engine in ENGINES if engine in exported)}",
+        )
     if name not in ENGINES:
         raise UserError(f"there is no engine {name!r}", f"choose one of {AUTO}, {', '.join(ENGINES)}")
     if name not in exported:
         raise UserError(f"the bundle has no files for the engine {name}", f"choose {' or '.join(exported)}")
-    engine: Engine = _load(name)(file, manifest, stage, threads)
+    _load(name)
+    return name
+
+
+def open_engine(name: str, file: BundleFile, manifest: Manifest, stage: int, threads: int = 1) -> Engine:
+    """An engine for a stage. name: as for `choose`, whose errors it raises. file: name of a bundle's
+    file -> its path.
+    """
+    chosen = choose(name, manifest.stages[stage].engines)
+    engine: Engine = _load(chosen)(file, manifest, stage, threads)
     return engine
 
 

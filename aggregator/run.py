@@ -1,0 +1,311 @@
+"""The aggregator's whole story: for each stage and round cohort, offer, collect, combine, checkpoint.
+
+Rules: a round ends when all of its cohort have been answered, or at its deadline with those that have; with
+fewer than `min_updates` it is offered once more. A round counts once its checkpoint is on disk: killed at
+any instant, the run goes on with the round after the last one that counts.
+
+`ServerExecutes` of McMahan et al., arXiv 1602.05629, over the stages of LW-FedMML, arXiv 2407.15426.
+Next: `aggregator/collect.py` (updates), `aggregator/combine.py`, `aggregator/state.py` (parameters).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from aggregator.books import Books, RunRecord
+from aggregator.cohort import Clients, select
+from aggregator.collect import Collection
+from aggregator.combine import fedavg
+from aggregator.events import (
+    RoundClosed,
+    RoundOpened,
+    RunOpened,
+    Tell,
+    UpdateAccepted,
+    UpdateRefused,
+    UsageTold,
+)
+from aggregator.link import Link
+from aggregator.plan import RunPlan
+from aggregator.state import State
+from wire.errors import PeerError, Silent, UserError
+from wire.manifest import MANIFEST_NAME, BlobRef, Manifest, decode_manifest, parameter_counts
+from wire.messages import Announcement, Offer, Receipt, Report, RoundKey, Usage
+from wire.mqtt import Broker, Connection
+from wire.rounds import Event, Role, RoundMachine
+from wire.store import Store
+from wire.tasks import Tasks, beside, until
+from wire.tensors import Array, Arrays
+
+USAGE_WAIT_S = 3.0
+
+Evaluate = Callable[[int, Mapping[str, Array]], dict[str, float]]
+"""(stage, all parameters) -> metrics of the hold-out, from a thread."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """name: of the run. bundle: the exported folder. folder: where the run keeps its books and blobs.
+
+    evaluate: None without a hold-out. resume: go on with the run whose books are in `folder`.
+    """
+
+    name: str
+    bundle: Path
+    folder: Path
+    plan: RunPlan
+    chunk_bytes: int
+    evaluate: Evaluate | None = None
+    resume: bool = False
+
+
+async def conduct(broker: Broker, settings: Settings, books: Books, tell: Tell) -> Arrays:
+    """Conduct the run to its end. The final parameters: torch name -> float32, every one.
+
+    Raises `TransportError` where no broker takes us, `UserError` for a folder that holds another run.
+    """
+    manifest, content = read_manifest(settings.bundle)
+    record = _record(settings, BlobRef.of(content), books)
+    async with Connection(broker, f"lamina-{record.name}") as connection:
+        run = Run(settings, record, manifest, content, books, connection, tell)
+        return await beside(run.stages(), run.link.pump(settings.plan.announce_s), run.answers.watch())
+
+
+def read_manifest(bundle: Path) -> tuple[Manifest, bytes]:
+    """A bundle's manifest and its bytes. Raises `UserError` where there is none, `Malformed`."""
+    try:
+        content = (bundle / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{bundle} holds no bundle: {error.strerror}", "make one with `lamina export`"
+        ) from error
+    return decode_manifest(content), content
+
+
+def _record(settings: Settings, manifest: BlobRef, books: Books) -> RunRecord:
+    """The run in the books, begun now or before."""
+    plan = msgspec.json.encode(settings.plan).decode()
+    known = books.run()
+    if known is None:
+        record = RunRecord(settings.name, manifest.sha256, plan, time.time())
+        books.begin(record)
+        return record
+    if not settings.resume:
+        raise UserError(
+            f"{settings.folder} holds the run {known.name}",
+            "go on with it by --resume, or choose another --dir",
+        )
+    if (known.name, known.manifest, known.plan) != (settings.name, manifest.sha256, plan):
+        raise UserError(
+            f"{settings.folder} holds the run {known.name} of another bundle or other settings",
+            "resume it with those it began with, or choose another --dir",
+        )
+    return known
+
+
+class Run:
+    """A run in progress."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        record: RunRecord,
+        manifest: Manifest,
+        manifest_content: bytes,
+        books: Books,
+        connection: Connection,
+        tell: Tell,
+    ) -> None:
+        self._settings = settings
+        self._plan = settings.plan
+        self._manifest = manifest
+        self._books = books
+        self._tell = tell
+        self._machine = RoundMachine(Role.AGGREGATOR)
+        self._collection: Collection | None = None
+        self._told = asyncio.Event()  # a client has told its usage
+        self.answers = Tasks()
+        self._store = Store(settings.folder / "blobs")
+        self._state = State(settings.bundle, manifest, self._store)
+        announcement = Announcement(
+            run=record.name,
+            manifest=BlobRef.of(manifest_content),
+            started_s=record.started_s,
+            heartbeat_s=self._plan.heartbeat_s,
+            chunk_bytes=settings.chunk_bytes,
+        )
+        self.link = Link(
+            connection,
+            announcement,
+            self._store,
+            Clients(self._plan.heartbeat_s),
+            tell,
+            self._take_report,
+            self._take_usage,
+        )
+        self.link.serve_file(announcement.manifest, settings.bundle / MANIFEST_NAME)
+        for name, ref in manifest.files.items():
+            self.link.serve_file(ref, settings.bundle / name)
+
+    async def stages(self) -> Arrays:
+        """Go through every stage; the final parameters."""
+        last = self._state.resume(self._books)
+        self._tell_opened(last)
+        for stage in range(self._state.stage, len(self._manifest.stages)):
+            if stage > self._state.stage:
+                self._state.next_stage()
+            for ref in self._state.frozen:
+                self.link.serve_file(ref, self._store.path(ref))
+            first = last.round + 1 if last is not None and last.stage == stage else 0
+            for number in range(first, self._rounds(stage)):
+                await self._round(RoundKey(stage, number))
+        self._machine.move(Event.FINISH)
+        await self._last_usages()
+        await self.link.close()
+        return self._state.values
+
+    async def _round(self, key: RoundKey) -> None:
+        begin = time.monotonic()
+        collection = await self._open(key)
+        await self._collect(collection)
+        self._machine.move(Event.CLOSE)
+        collection.close()
+        served = self._state.parameters
+        values = await asyncio.to_thread(fedavg, self._state.trainable(), collection.updates())
+        replaced = self._state.update(values)
+        metrics = await self._evaluate(key.stage)
+        seconds = time.monotonic() - begin
+        self._books.checkpoint(key, self._state.parameters, collection.loss, metrics, seconds)
+        self._machine.move(Event.CHECKPOINT)
+        self._tell(
+            RoundClosed(
+                key,
+                tuple(sorted(collection.accepted)),
+                collection.missing,
+                collection.loss,
+                metrics,
+                seconds,
+            )
+        )
+        self.link.withdraw_file(served)
+        self._store.remove(replaced)
+        for report in collection.accepted.values():
+            self._store.remove(report.update)
+
+    async def _open(self, key: RoundKey) -> Collection:
+        available = await self.link.until_available(self._plan.min_available_clients)
+        cohort = select(available, self._plan.fraction_train, self._plan.seed, key)
+        offer = self._offer(key, cohort)
+        self._collection = collection = Collection(self._manifest, offer, self.link.fetch)
+        self.link.serve_file(offer.parameters, self._store.path(offer.parameters))
+        self._machine.move(Event.OFFER)
+        self._tell(RoundOpened(key, cohort))
+        await self.link.offer(offer)
+        return collection
+
+    async def _collect(self, collection: Collection) -> None:
+        """Return when the round may close."""
+        key = collection.offer.key
+        while True:
+            try:
+                await asyncio.wait_for(collection.until_answered(), self._plan.round_deadline_s)
+            except asyncio.TimeoutError:
+                log.info("%s: the deadline is there, %s are missing", key, ", ".join(collection.missing))
+            if len(collection.accepted) >= self._plan.min_updates:
+                return
+            available = await self.link.until_available(self._plan.min_available_clients)
+            chosen = select(available, self._plan.fraction_train, self._plan.seed, key)
+            offer = self._offer(key, tuple(sorted({*chosen, *collection.accepted})))
+            collection.again(offer)
+            self._machine.move(Event.EXTEND)
+            self._tell(RoundOpened(key, offer.cohort, extended=True))
+            await self.link.offer(offer)
+
+    def _offer(self, key: RoundKey, cohort: tuple[str, ...]) -> Offer:
+        return Offer(
+            key=key,
+            opened_s=time.time(),
+            cohort=cohort,
+            parameters=self._state.parameters,
+            frozen=self._state.frozen,
+            plan=self._plan.train_plan(key, self._rounds(key.stage)),
+            deadline_s=self._plan.round_deadline_s,
+        )
+
+    def _rounds(self, stage: int) -> int:
+        return self._plan.rounds or self._manifest.stages[stage].rounds
+
+    async def _evaluate(self, stage: int) -> dict[str, float]:
+        if self._settings.evaluate is None:
+            return {}
+        return await asyncio.to_thread(self._settings.evaluate, stage, self._state.values)
+
+    def _take_report(self, client: str, report: Report) -> None:
+        self.answers.start(self._answer(client, report))  # fetching an update takes its time
+
+    async def _answer(self, client: str, report: Report) -> None:
+        collection = self._collection
+        if collection is None:  # no round is open yet: the client will say it again
+            return
+        try:
+            counts = await collection.take(client, report)
+        except Silent as error:
+            log.warning("%s: %s", report.key, error)
+            return
+        except PeerError as error:
+            self._books.refuse(client, report.key, error.reason, str(error))
+            self._tell(UpdateRefused(report.key, client, error.reason, str(error)))
+            await self.link.receipt(client, Receipt(report.key, error.reason, str(error)))
+            return
+        if counts:
+            self._books.accept(client, report)
+            self._machine.move(Event.UPDATE)
+            self._tell(
+                UpdateAccepted(
+                    report.key, client, report.num_examples, report.loss, report.update.size_bytes
+                )
+            )
+        if client in collection.accepted:
+            await self.link.receipt(client, Receipt(report.key))
+
+    def _take_usage(self, client: str, usage: Usage) -> None:
+        self._books.spend(client, usage)
+        self._told.set()
+        self._tell(UsageTold(client, usage))
+
+    async def _last_usages(self) -> None:
+        """Clients tell what the last round has cost only after their receipt."""
+        if self._collection is None:
+            return
+        key, expected = self._collection.offer.key, self._collection.accepted.keys()
+        deadline_s = asyncio.get_running_loop().time() + USAGE_WAIT_S
+        while not expected <= self._books.clients_told(key):
+            self._told.clear()
+            if not await until(deadline_s, self._told.wait()):
+                return
+
+    def _tell_opened(self, last: RoundKey | None) -> None:
+        stages = range(len(self._manifest.stages))
+        counts = parameter_counts(self._manifest)
+        self._tell(
+            RunOpened(
+                run=self.link.run,
+                schedule=self._manifest.schedule,
+                rounds=tuple(self._rounds(stage) for stage in stages),
+                parameters=tuple(
+                    sum(counts[group] for group in self._manifest.stages[stage].trainable)
+                    for stage in stages
+                ),
+                min_available_clients=self._plan.min_available_clients,
+                resumed=None if last is None else RoundKey(last.stage, last.round + 1),
+            )
+        )

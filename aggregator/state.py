@@ -1,0 +1,87 @@
+"""The global parameters and where the run stands: made, moved on stage by stage, found again after a crash.
+
+Rules: memory holds all parameters once. On disk are the bundle's initial values and, in the store, each
+stage's trained groups after its last round so far, and the groups that each stage froze. Walking the
+stages again over these gives the same parameters, bit for bit.
+
+Next: `aggregator/run.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from aggregator.books import Books
+from wire.errors import UserError
+from wire.manifest import BlobRef, Manifest
+from wire.messages import RoundKey
+from wire.store import Store
+from wire.tensors import Array, Arrays, pack, unpack_file
+
+
+class State:
+    """values: torch name -> float32, every parameter. stage: the one that trains, from 0.
+
+    frozen: for each stage before it, the values of the groups that it froze.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, store: Store) -> None:
+        self._manifest = manifest
+        self._store = store
+        everything = {name: parameter.shape for name, parameter in manifest.parameters.items()}
+        self.values: Arrays = unpack_file(bundle / manifest.initial, everything)
+        self.stage = 0
+        self.frozen: tuple[BlobRef, ...] = ()
+        self.parameters = self._put(manifest.stages[0].trainable)
+        """The stage's trainable groups as they are now, in the store."""
+
+    def resume(self, books: Books) -> RoundKey | None:
+        """Go to where the books end. The last round that is done, None for none."""
+        last: RoundKey | None = None
+        done = books.rounds()
+        for stage in range(len(self._manifest.stages)):
+            rounds = [key for key in done if key.stage == stage]
+            if not rounds:
+                break
+            if stage > self.stage:
+                self.next_stage()
+            last = max(rounds)
+            self._load(done[last])
+        return last
+
+    def next_stage(self) -> None:
+        """Freeze what the next stage does not train, and attach the next blocks, warm where so planned."""
+        frozen = self._put(self._manifest.groups_frozen_after(self.stage))
+        self.frozen = (*self.frozen, frozen)
+        self.stage += 1
+        for group, source in self._manifest.stages[self.stage].warm_start.items():
+            names = zip(self._manifest.names_of((group,)), self._manifest.names_of((source,)), strict=True)
+            for name, below in names:
+                self.values[name] = self.values[below].copy()
+        self.parameters = self._put(self._trainable)
+
+    def trainable(self) -> Arrays:
+        """The stage's trainable groups: torch name -> float32."""
+        return {name: self.values[name] for name in self._manifest.names_of(self._trainable)}
+
+    def update(self, values: Mapping[str, Array]) -> BlobRef:
+        """Take a round's result into the store. The blob it replaces: remove it after the checkpoint."""
+        self.values.update(values)
+        replaced, self.parameters = self.parameters, self._put(self._trainable)
+        return replaced
+
+    @property
+    def _trainable(self) -> tuple[str, ...]:
+        return self._manifest.stages[self.stage].trainable
+
+    def _put(self, groups: tuple[str, ...]) -> BlobRef:
+        return self._store.put(pack({name: self.values[name] for name in self._manifest.names_of(groups)}))
+
+    def _load(self, ref: BlobRef) -> None:
+        if not self._store.has(ref):
+            raise UserError(
+                f"{self._store.path(ref)} is missing or damaged", "the run cannot go on: start it anew"
+            )
+        self.values.update(unpack_file(self._store.path(ref), self._manifest.shapes_of(self._trainable)))
+        self.parameters = ref

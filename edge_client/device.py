@@ -1,0 +1,84 @@
+"""The device a client runs on: its folder, its settings, what it has used.
+
+Rules: a folder belongs to one client process at a time. Everything in it may be deleted while no client
+runs; it is then fetched and computed again.
+
+    FOLDER/blobs     the bundle's files and parameters, by hash
+    FOLDER/inputs    the examples, read once
+    FOLDER/features  what the frozen prefix makes of them
+    FOLDER/pending   the last update and its report
+
+Next: `edge_client/session.py`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wire.errors import UserError
+from wire.store import Store
+
+
+@dataclass(frozen=True)
+class Device:
+    """A client's settings.
+
+    name: unique in the run, a topic level. data: the folder of examples. folder: where it keeps its state.
+    engine: of `edge_client.engines.ENGINES`, or `auto`. threads: of a train step.
+    columns: a modality's name -> what the table calls it, where that differs.
+    """
+
+    name: str
+    data: Path
+    folder: Path
+    engine: str = "auto"
+    threads: int = 1
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def opened(self) -> Iterator[Store]:
+        """The blobs, while no other process may use the folder. Raises `UserError` if one does."""
+        store = Store(self.folder / "blobs")
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another client uses {self.folder}",
+                    "stop it, or give this one its own --dir and --name",
+                ) from None
+            yield store
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had at once."""
+    try:
+        # Not ru_maxrss, which on Linux starts with the peak of the process that started this one.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_mb() -> int:
+    """Physical memory, in 10^6 bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**6
+
+
+def version() -> str:
+    """Of Lamina here."""
+    try:
+        return importlib.metadata.version("lamina")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,207 @@
+"""The run as a client sees it: offers come in, files are fetched, reports are answered.
+
+Rules: this file turns messages into calls and decides nothing. What the aggregator sends is repeated until
+it is superseded, so only the newest offer counts. What the client needs an answer to it repeats itself.
+
+Next: `edge_client/session.py`, the caller; `wire/messages.py`, the messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wire import topics
+from wire.errors import PeerError, TooLarge
+from wire.exchange import Exchange
+from wire.manifest import MAX_MANIFEST_BYTES, BlobRef, Manifest, decode_manifest
+from wire.messages import Announcement, Bye, Hello, Offer, Receipt, Report, Usage, Want, decode, encode
+from wire.mqtt import Broker, Connection, Packet
+from wire.store import Store
+from wire.tasks import end
+
+REPORT_EVERY_S = 5.0
+GOODBYE_S = 2.0
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+async def find_run(broker: Broker, client: str, run: str | None = None) -> Announcement:
+    """The newest open run on the broker, or the one called `run`; waits until there is one."""
+    async with Connection(broker, f"lamina-find-{client}") as connection:
+        await connection.subscribe(topics.announcement(run or "+"))
+        found: Announcement | None = None
+        packets = connection.packets()
+        while True:
+            # The first one is waited for; others that are there already follow at once.
+            try:
+                packet = await asyncio.wait_for(anext(packets), None if found is None else 0.5)
+            except asyncio.TimeoutError:
+                assert found is not None
+                return found
+            announcement = _decoded(packet, Announcement)
+            if announcement is None or not announcement.open:
+                if found is None:
+                    log.info("no run is open yet, waiting for one")
+                continue
+            if found is None or announcement.started_s > found.started_s:
+                found = announcement
+
+
+class Link:
+    """A client's place in a run, within `Link.open`."""
+
+    def __init__(
+        self, connection: Connection, announcement: Announcement, client: str, store: Store
+    ) -> None:
+        self.announcement = announcement
+        self.client = client
+        self._run = announcement.run
+        self._connection = connection
+        self._exchange = Exchange(
+            connection, store, announcement.chunk_bytes, lambda _ref, _peers: self._up("chunk")
+        )
+        self._news = asyncio.Condition()
+        self._offer: Offer | None = None
+        self._over = False
+        self._receipts: asyncio.Queue[Receipt] = asyncio.Queue()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, broker: Broker, announcement: Announcement, client: str, store: Store
+    ) -> AsyncIterator[Link]:
+        """Connect. Raises `TransportError`. The broker says goodbye for us if we vanish."""
+        run = announcement.run
+        goodbye = topics.up(run, client, "bye"), encode(Bye())
+        async with Connection(broker, f"lamina-{run}-{client}", goodbye) as connection:
+            await connection.subscribe(
+                topics.announcement(run), topics.offer(run), topics.down(run, client, "+")
+            )
+            try:
+                yield cls(connection, announcement, client, store)
+            finally:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(connection.publish(*goodbye), GOODBYE_S)
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received so far at the MQTT socket."""
+        return self._connection.bytes_sent, self._connection.bytes_received
+
+    async def pump(self) -> None:
+        """Take in what comes and send what is asked for, for ever."""
+        await asyncio.gather(self._listen(), self._exchange.serve())
+
+    async def heartbeat(self, hello: Hello) -> None:
+        """Say who is here, now, at every heartbeat and after every reconnect."""
+        while True:
+            await self._connection.publish(self._up("hello"), encode(hello))
+            await self._connection.until_reconnected(self.announcement.heartbeat_s)
+
+    async def manifest(self) -> Manifest:
+        """The run's. Raises `PeerError` if it is not one."""
+        return decode_manifest(
+            (await self.fetch(self.announcement.manifest, MAX_MANIFEST_BYTES)).read_bytes()
+        )
+
+    async def fetch(self, ref: BlobRef, max_bytes: int) -> Path:
+        """A blob's file. Raises `TooLarge` without asking for it, `HashMismatch`."""
+        if ref.size_bytes > max_bytes:
+            raise TooLarge(f"{ref.sha256[:16]} has {ref.size_bytes} bytes, at most {max_bytes} expected")
+        topic = topics.blob(self._run, ref.sha256)
+        await self._connection.subscribe(topic)
+        try:
+            return await self._exchange.fetch(ref, self._ask)
+        finally:
+            self._connection.unsubscribe(topic)
+
+    async def next_offer(self, after: Offer | None) -> Offer | None:
+        """The newest offer, as soon as it is another than `after`; None when the run is over."""
+        async with self._news:
+            await self._news.wait_for(lambda: self._over or self._is_newer(after))
+            return None if self._over else self._offer
+
+    async def unless_superseded(self, offer: Offer, attempt: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `attempt`; None, and its cancellation, once there is another offer than this."""
+        working = asyncio.ensure_future(attempt)
+        superseded = asyncio.ensure_future(self.next_offer(offer))
+        try:
+            await asyncio.wait({working, superseded}, return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            await end(working, superseded)
+
+    async def report(self, report: Report, update: Path) -> Receipt:
+        """Tell that an update is ready, again and again, until the aggregator has answered."""
+        self._exchange.offer(report.update, update)
+        self._receipts = asyncio.Queue()  # receipts of an earlier attempt at this round do not count
+        try:
+            while True:
+                await self._connection.publish(self._up("report"), encode(report))
+                with contextlib.suppress(asyncio.TimeoutError):
+                    return await asyncio.wait_for(self._receipt(report), REPORT_EVERY_S)
+        finally:
+            self._exchange.withdraw(report.update)
+
+    async def usage(self, usage: Usage) -> None:
+        """Tell what a round has cost."""
+        await self._connection.publish(self._up("usage"), encode(usage))
+
+    async def _receipt(self, report: Report) -> Receipt:
+        while True:
+            receipt = await self._receipts.get()
+            if receipt.key == report.key:
+                return receipt
+
+    async def _ask(self, want: Want) -> None:
+        await self._connection.publish(self._up("want"), encode(want))
+
+    def _up(self, kind: topics.Up) -> str:
+        return topics.up(self._run, self.client, kind)
+
+    def _is_newer(self, offer: Offer | None) -> bool:
+        newest = self._offer
+        return newest is not None and (
+            offer is None or (newest.key, newest.opened_s) != (offer.key, offer.opened_s)
+        )
+
+    async def _listen(self) -> None:
+        async for packet in self._connection.packets():
+            try:
+                await self._take(packet)
+            except PeerError as error:
+                log.warning("ignored a message on %s: %s", packet.topic, error)
+
+    async def _take(self, packet: Packet) -> None:
+        kind = topics.kind_of(packet.topic)
+        if packet.topic == topics.announcement(self._run):
+            if not decode(packet.payload, Announcement).open:
+                async with self._news:
+                    self._over = True
+                    self._news.notify_all()
+        elif packet.topic == topics.offer(self._run):
+            offer = decode(packet.payload, Offer)
+            async with self._news:
+                self._offer = offer
+                self._news.notify_all()
+        elif kind == "receipt":
+            self._receipts.put_nowait(decode(packet.payload, Receipt))
+        elif kind == "want":
+            self._exchange.want("", decode(packet.payload, Want))
+        else:
+            self._exchange.chunk(packet.payload)
+
+
+def _decoded(packet: Packet, kind: type[Announcement]) -> Announcement | None:
+    try:
+        return decode(packet.payload, kind)
+    except PeerError as error:
+        log.warning("ignored a message on %s: %s", packet.topic, error)
+        return None

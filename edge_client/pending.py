@@ -1,0 +1,48 @@
+"""The last update and its report on disk, so that no training is done twice.
+
+A client that is killed after training, or whose aggregator forgets the round's updates, reports the same
+update again when the same round is offered again.
+
+Next: `edge_client/session.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from wire.manifest import BlobRef
+from wire.messages import Offer, Report
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """`parameters`: what the training began with."""
+
+    run: str
+    parameters: BlobRef
+    report: Report
+
+    def answers(self, run: str, offer: Offer) -> bool:
+        """Whether this is what the offer asks for."""
+        return (self.run, self.report.key, self.parameters) == (run, offer.key, offer.parameters)
+
+
+def load(path: Path) -> Pending | None:
+    """What was saved last, if it can be read."""
+    try:
+        return msgspec.msgpack.decode(path.read_bytes(), type=Pending)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def save(path: Path, pending: Pending) -> None:
+    """Replace what was saved before, as a whole."""
+    handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(msgspec.msgpack.encode(pending))
+        file.flush()
+        os.fsync(file.fileno())
+    Path(name).replace(path)

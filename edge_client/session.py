@@ -1,0 +1,238 @@
+"""A client's whole story: find a run, then for each offer fetch, cache features, train, report.
+
+Rules: one offer at a time; a newer one calls off the work on the one before. What goes wrong with one
+round (`PeerError`) is logged and the next offer is waited for; what the user has to mend ends the program.
+Killed at any instant, it begins again with the newest offer and with what is in its folder.
+
+Next: `edge_client/link.py` (messages), `edge_client/cache.py` (the frozen prefix), `edge_client/train.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from threading import Event as StopEvent
+from typing import TypeVar
+
+from edge_client import pending
+from edge_client.cache import FeatureCache, Features, Step
+from edge_client.device import Device, memory_mb, peak_rss_bytes, version
+from edge_client.engines import choose, open_engine, open_graph
+from edge_client.link import Link, find_run
+from edge_client.train import Trained, train
+from inputs.dataset import Dataset
+from wire.errors import Malformed, PeerError
+from wire.manifest import BlobRef, Manifest
+from wire.messages import Hello, Offer, Receipt, Report, Usage
+from wire.mqtt import Broker
+from wire.rounds import Event, Role, RoundMachine
+from wire.store import Store
+from wire.tasks import beside
+from wire.tensors import Arrays, max_bytes, pack, unpack_file
+
+PENDING = "pending"
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+async def take_part(broker: Broker, device: Device, run: str | None = None) -> None:
+    """Train in the run called `run`, or the newest open one, until it is over.
+
+    Raises `TransportError` where no broker takes us, `UserError` for what the user has to mend.
+    """
+    with device.opened() as store:
+        announcement = await find_run(broker, device.name, run)
+        log.info("joining run %s as %s", announcement.run, device.name)
+        async with Link.open(broker, announcement, device.name, store) as link:
+            await beside(_join(link, device, store), link.pump())
+
+
+async def _join(link: Link, device: Device, store: Store) -> None:
+    manifest = await link.manifest()
+    bundle = Bundle(manifest, link, store)
+    engine = choose(device.engine, manifest.stages[0].engines)
+    await bundle.need(*bundle.tokenizers())
+    dataset = await asyncio.to_thread(
+        Dataset.open,
+        device.data,
+        manifest.modalities,
+        manifest.task,
+        manifest.classes,
+        bundle.file,
+        cache=device.folder / "inputs",
+        columns=device.columns,
+    )
+    log.info("%d examples, engine %s", len(dataset), engine)
+    hello = Hello(dict.fromkeys(manifest.modalities, len(dataset)), engine, memory_mb(), version())
+    session = Session(link, device, store, bundle, dataset, engine)
+    await beside(session.rounds(), link.heartbeat(hello))
+    log.info("run %s is over", link.announcement.run)
+
+
+class Bundle:
+    """The bundle's files, fetched when they are needed."""
+
+    def __init__(self, manifest: Manifest, link: Link, store: Store) -> None:
+        self.manifest = manifest
+        self._link = link
+        self._store = store
+
+    async def need(self, *names: str) -> None:
+        """Return once these files are there. Raises `PeerError`."""
+        for name in names:
+            if name not in self.manifest.files:
+                raise Malformed(f"the manifest lists no file {name}")
+            ref = self.manifest.files[name]
+            await self._link.fetch(ref, ref.size_bytes)
+
+    def file(self, name: str) -> Path:
+        """Where a file is that has been fetched."""
+        return self._store.path(self.manifest.files[name])
+
+    def tokenizers(self) -> list[str]:
+        """Files that the readers of `inputs/` name."""
+        options = [modality.options.get("tokenizer") for modality in self.manifest.modalities.values()]
+        return [name for name in options if isinstance(name, str)]
+
+
+class Session:
+    """The rounds of a run, for one client."""
+
+    def __init__(
+        self, link: Link, device: Device, store: Store, bundle: Bundle, dataset: Dataset, engine: str
+    ) -> None:
+        self._link = link
+        self._device = device
+        self._store = store
+        self._bundle = bundle
+        self._manifest = bundle.manifest
+        self._engine = engine
+        self._cache = FeatureCache(device.folder / "features", bundle.manifest, dataset)
+        self._machine = RoundMachine(Role.CLIENT)
+        self._told = (0, 0)  # bytes sent and received that have been reported
+
+    async def rounds(self) -> None:
+        """Take every offer that selects us, until the run is over."""
+        offer: Offer | None = None
+        while (offer := await self._link.next_offer(offer)) is not None:
+            if self._device.name not in offer.cohort:
+                continue
+            self._machine.move(Event.OFFER)
+            receipt = None
+            try:
+                receipt = await self._link.unless_superseded(offer, self._round(offer))
+            except PeerError as error:
+                log.warning("%s cannot be trained: %s", offer.key, error)
+            if receipt is None:
+                self._machine.move(Event.WITHDRAWN)
+        self._machine.move(Event.FINISH)
+
+    async def _round(self, offer: Offer) -> Receipt:
+        begin = time.monotonic()
+        if not (offer.key.stage < len(self._manifest.stages) and offer.key.stage <= len(offer.frozen)):
+            raise Malformed(f"the offer of {offer.key} does not fit the manifest")
+        report = self._done_before(offer)
+        if report is None:
+            parameters = await self._parameters(offer)
+            features = await self._features(offer)
+            self._machine.move(Event.FETCHED)
+            trained = await _in_thread(partial(self._train, offer, parameters, features))
+            report = self._save(offer, trained)
+        else:
+            self._machine.move(Event.FETCHED)
+        self._machine.move(Event.TRAINED)
+        receipt = await self._link.report(report, self._store.path(report.update))
+        self._machine.move(Event.RECEIPT)
+        if receipt.refusal is None:
+            log.info("%s: loss %.4f over %d examples", offer.key, report.loss, report.num_examples)
+        else:
+            log.warning("%s refused: %s, %s", offer.key, receipt.refusal, receipt.detail)
+        await self._tell_usage(offer, time.monotonic() - begin)
+        return receipt
+
+    async def _parameters(self, offer: Offer) -> Arrays:
+        stage = self._manifest.stages[offer.key.stage]
+        await self._bundle.need(*stage.engines[self._engine].values())
+        return await self._values(offer.parameters, stage.trainable)
+
+    async def _features(self, offer: Offer) -> Features:
+        for stage, steps in groupby(self._cache.steps(offer), key=lambda step: step.stage):
+            frozen = self._manifest.groups_frozen_after(stage)
+            values = await self._values(offer.frozen[stage], frozen)
+            for step in steps:
+                await self._bundle.need(step.graph.file)
+                await _in_thread(partial(self._run, step, values))
+        return self._cache.features(offer)
+
+    async def _values(self, ref: BlobRef, groups: tuple[str, ...]) -> Arrays:
+        """Parameters by torch name. They are not kept: the next offer brings others."""
+        shapes = self._manifest.shapes_of(groups)
+        path = await self._link.fetch(ref, max_bytes(shapes))
+        try:
+            return unpack_file(path, shapes)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _run(self, step: Step, values: Arrays, stop: StopEvent) -> None:
+        run = open_graph(self._bundle.file(step.graph.file), step.graph, self._device.threads)
+        self._cache.run(step, run, values, stop)
+
+    def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:
+        with open_engine(
+            self._engine, self._bundle.file, self._manifest, offer.key.stage, self._device.threads
+        ) as engine:
+            return train(engine, parameters, features, offer.plan, self._device.name, stop)
+
+    def _done_before(self, offer: Offer) -> Report | None:
+        """The report of this very round, if its update is still here."""
+        known = pending.load(self._device.folder / PENDING)
+        if known is None or not known.answers(self._link.announcement.run, offer):
+            return None
+        return known.report if self._store.has(known.report.update) else None
+
+    def _save(self, offer: Offer, trained: Trained) -> Report:
+        path = self._device.folder / PENDING
+        before = pending.load(path)
+        report = Report(
+            key=offer.key,
+            update=self._store.put(pack(trained.delta)),
+            groups=self._manifest.stages[offer.key.stage].trainable,
+            num_examples=trained.num_examples,
+            loss=trained.loss,
+        )
+        pending.save(path, pending.Pending(self._link.announcement.run, offer.parameters, report))
+        if before is not None and before.report.update != report.update:
+            self._store.remove(before.report.update)
+        return report
+
+    async def _tell_usage(self, offer: Offer, seconds: float) -> None:
+        sent, received = self._link.traffic
+        usage = Usage(
+            key=offer.key,
+            bytes_sent=sent - self._told[0],
+            bytes_received=received - self._told[1],
+            peak_rss_bytes=peak_rss_bytes(),
+            seconds=seconds,
+        )
+        self._told = (sent, received)
+        await self._link.usage(usage)
+
+
+async def _in_thread(work: Callable[[StopEvent], T]) -> T:
+    """Run `work` in a thread; when this is cancelled, tell it to stop and wait until it has."""
+    stop = StopEvent()
+    running = asyncio.ensure_future(asyncio.to_thread(work, stop))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait({running})
+        running.cancelled() or running.exception()
+        raise

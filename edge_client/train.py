@@ -1,0 +1,54 @@
+"""Local training: `local_epochs` over the stage's features, from the offered parameters to an update.
+
+Rules: AdamW starts anew in every round. The order of the examples depends on the plan's seed and the
+client's name only, so a round that is trained again gives the same update.
+
+`ClientUpdate` of McMahan et al., arXiv 1602.05629, with AdamW in place of SGD.
+Next: `edge_client/engines/__init__.py`, what runs a step.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from threading import Event
+
+import numpy as np
+
+from edge_client.cache import Features, Stopped
+from edge_client.engines import Engine
+from wire.messages import TrainPlan
+from wire.tensors import Arrays
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client gives back.
+
+    delta: torch name -> float32, the trained parameters minus the offered ones.
+    loss: mean over the examples of the last epoch.
+    """
+
+    delta: Arrays
+    num_examples: int
+    loss: float
+
+
+def train(
+    engine: Engine, parameters: Arrays, features: Features, plan: TrainPlan, client: str, stop: Event
+) -> Trained:
+    """Train by `plan`. `parameters`: torch name -> float32, all that train. Raises `Stopped`."""
+    engine.load(parameters)
+    generator = np.random.default_rng([plan.seed, zlib.crc32(client.encode())])
+    loss = 0.0
+    for _ in range(plan.local_epochs):
+        total = 0.0
+        order = generator.permutation(len(features))
+        for first in range(0, len(order), plan.batch_size):
+            if stop.is_set():
+                raise Stopped
+            indices = np.sort(order[first : first + plan.batch_size])
+            total += engine.train_step(features.batch(indices), plan.learning_rate) * len(indices)
+        loss = total / len(order)
+    trained = engine.parameters()
+    return Trained({name: trained[name] - parameters[name] for name in trained}, len(features), loss)

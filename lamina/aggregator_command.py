@@ -1,0 +1,148 @@
+"""`lamina aggregator`: the program on the laptop.
+
+Next: `aggregator/run.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lamina.options import broker_option, config_option, pairs, plan_options, run_until_stopped
+from wire.errors import UserError
+from wire.mqtt import Broker
+from wire.topics import check_name
+from wire.transfer import CHUNK_BYTES, check_chunk_bytes
+
+if TYPE_CHECKING:
+    from aggregator.events import Event, Tell
+    from aggregator.run import Evaluate
+    from wire.manifest import Manifest
+
+
+@click.command("aggregator")
+@broker_option(required=True)
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True)
+@click.option("--name", default="lamina", show_default=True, help="The run's, unique on the broker.")
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("run"),
+    show_default=True,
+    help="Where the run keeps its books, and the final model at the end.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run that is in --dir.")
+@click.option(
+    "--holdout", type=click.Path(path_type=Path), help="A folder of examples to evaluate every round on."
+)
+@click.option(
+    "--column", "columns", multiple=True, metavar="NAME=COLUMN", help="What its table calls a modality."
+)
+@click.option(
+    "--chunk-bytes",
+    default=CHUNK_BYTES,
+    show_default=True,
+    help="Of a packet; the broker must take as many.",
+)
+@plan_options()
+@click.option("--json", "as_json", is_flag=True, help="Print events as lines of JSON.")
+@config_option
+def command(
+    broker: str,
+    bundle: Path,
+    name: str,
+    folder: Path,
+    resume: bool,
+    holdout: Path | None,
+    columns: tuple[str, ...],
+    chunk_bytes: int,
+    as_json: bool,
+    **plan: Any,
+) -> None:
+    """Conduct a run: offer, collect, combine, round by round and stage by stage, to the final model."""
+    try:
+        import onnx  # noqa: F401 - for the final model; told now rather than at the end
+
+        from lamina.view import View
+    except ImportError as error:
+        raise UserError(f"an aggregator needs {error.name}", 'pip install "lamina[aggregator]"') from error
+    from aggregator.books import Books
+    from aggregator.events import to_json
+    from aggregator.plan import RunPlan
+    from aggregator.run import Settings, read_manifest
+
+    address = Broker.parse(broker)
+    run_plan = RunPlan(**plan)
+    manifest, _ = read_manifest(bundle)
+    evaluate = _evaluate(bundle, manifest, holdout, pairs(columns, "--column"), folder) if holdout else None
+    settings = Settings(
+        name=check_name(name, "the run's name"),
+        bundle=bundle,
+        folder=folder,
+        plan=run_plan,
+        chunk_bytes=check_chunk_bytes(chunk_bytes),
+        evaluate=evaluate,
+        resume=resume,
+    )
+    books = Books(folder)
+    try:
+        if as_json:
+            _conduct(address, settings, books, lambda event: click.echo(to_json(event)))
+        else:
+            with View() as view:
+                _conduct(address, settings, books, view.show)
+    finally:
+        books.close()
+
+
+def _conduct(address: Broker, settings: Any, books: Any, tell: Tell) -> None:
+    """The run, then the final model, then the last event."""
+    from aggregator.events import ClientCame, RunClosed
+    from aggregator.run import conduct, read_manifest
+    from export.final import write_final
+
+    engines: set[str] = set()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ClientCame):
+            engines.add(event.hello.engine)
+        tell(event)
+
+    values = run_until_stopped(conduct(address, settings, books, listen))
+    manifest, _ = read_manifest(settings.bundle)
+    stages = range(len(manifest.stages))
+    out = settings.folder / "model"
+    write_final(settings.bundle, values, out, force=True)
+    tell(
+        RunClosed(
+            schedule=manifest.schedule,
+            engine=",".join(sorted(engines)),
+            seed=settings.plan.seed,
+            stages=tuple(books.figures([stage]) for stage in stages),
+            total=books.figures(stages),
+            model=str(out),
+        )
+    )
+
+
+def _evaluate(
+    bundle: Path, manifest: Manifest, holdout: Path, columns: dict[str, str], folder: Path
+) -> Evaluate:
+    from inputs.dataset import Dataset
+    from lamina.evaluation import evaluate_stage
+
+    dataset = Dataset.open(
+        holdout,
+        manifest.modalities,
+        manifest.task,
+        manifest.classes,
+        bundle.joinpath,
+        cache=folder / "inputs",
+        columns=columns,
+    )
+    return partial(evaluate_stage, bundle, manifest, dataset, os.cpu_count() or 1)

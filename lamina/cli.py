@@ -1,0 +1,87 @@
+"""The `lamina` command: which subcommands there are, and how each of them ends.
+
+Rules: a subcommand is imported when it is called, so a device never loads what only the laptop needs. Bad
+input gives one line on standard error, what is wrong and what to do, and an exit code:
+
+    0   done
+    2   the command, an option, a path or the data are not usable
+    69  no broker takes us
+    70  a defect of Lamina
+    76  the other side sent something unusable
+    130 stopped by Ctrl-C
+
+Next: `lamina/run.py`, the whole thing on one machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+from typing import NoReturn
+
+import click
+
+from wire.errors import LaminaError
+
+COMMANDS = {
+    "run": "lamina.run:command",
+    "data": "lamina.data.command:command",
+    "export": "lamina.export_command:command",
+    "broker": "lamina.broker:command",
+    "aggregator": "lamina.aggregator_command:command",
+    "client": "lamina.client_command:command",
+    "evaluate": "lamina.evaluate_command:command",
+}
+ROOMS = ("aggregator", "edge_client", "export", "inputs", "lamina", "models", "wire")
+
+
+class _Commands(click.Group):
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command {args[0]!r} - {hint}")
+        return super().resolve_command(context, args)
+
+
+@click.command(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="lamina")
+def command() -> None:
+    """Layer-wise federated multimodal learning on real devices, over MQTT."""
+
+
+def main() -> NoReturn:
+    """Run the command and exit."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    for room in ROOMS:
+        logging.getLogger(room).setLevel(logging.INFO)
+    try:
+        command(prog_name="lamina", standalone_mode=False)
+    except LaminaError as error:
+        _end(f"{error} - {error.hint}" if error.hint else str(error), error.exit_code)
+    except click.ClickException as error:
+        _end(" ".join(error.format_message().split()), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _end(line: str, exit_code: int) -> NoReturn:
+    click.echo(f"lamina: {line}", err=True)
+    sys.exit(exit_code)

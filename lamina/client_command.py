@@ -1,0 +1,75 @@
+"""`lamina client`: the program on the device. Nothing here or below imports torch or onnx.
+
+Next: `edge_client/session.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import click
+import platformdirs
+
+from lamina.options import broker_option, config_option, pairs, run_until_stopped
+from wire.mqtt import Broker
+from wire.topics import check_name
+
+
+@click.command("client")
+@broker_option(required=True)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder of examples: table.csv and its files.",
+)
+@click.option("--name", help="Unique in the run.  [default: the host's name]")
+@click.option("--run", help="The run to join.  [default: the newest open one]")
+@click.option("--engine", default="auto", show_default=True, help="What runs a train step.")
+@click.option("--threads", default=0, help="Of a train step.  [default: all cores]")
+@click.option(
+    "--column", "columns", multiple=True, metavar="NAME=COLUMN", help="What your table calls a modality."
+)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the client keeps its state.  [default: the user's cache folder]",
+)
+@config_option
+def command(
+    broker: str,
+    data: Path,
+    name: str | None,
+    run: str | None,
+    engine: str,
+    threads: int,
+    columns: tuple[str, ...],
+    folder: Path | None,
+) -> None:
+    """Train on this device's data in a run on the broker, until the run is over."""
+    from edge_client.device import Device
+    from edge_client.session import take_part
+    from inputs.table import read_table
+
+    address = Broker.parse(broker)
+    name = check_name(name or _host(), "the client's name")
+    if run is not None:
+        check_name(run, "the run's name")
+    read_table(data, ())  # an unusable folder is told before anything is waited for
+    device = Device(
+        name=name,
+        data=data,
+        folder=folder or platformdirs.user_cache_path("lamina") / "clients" / name,
+        engine=engine,
+        threads=threads or os.cpu_count() or 1,
+        columns=pairs(columns, "--column"),
+    )
+    run_until_stopped(take_part(address, device, run))
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", platform.node()).lstrip("._-")[:64] or "client"

@@ -1,0 +1,167 @@
+"""`lamina export`: from a model and a schedule to a bundle. The only command that needs torch.
+
+Next: `export/bundle.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lamina.options import config_option, pairs
+from wire.errors import UserError
+
+
+@click.command("export")
+@click.option("--model", default="tiny", show_default=True, help="A preset, or package.module:builder.")
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=JSON", help="An option of the model's builder."
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["layerwise", "progressive", "end_to_end"]),
+    default="layerwise",
+    show_default=True,
+    help="LW-FedMML, Prog-FedMML or FedMML.",
+)
+@click.option(
+    "--rounds", default="10", show_default=True, help="Of every stage, or one number a stage: 10,10,20."
+)
+@click.option("--blocks-per-stage", default=1, show_default=True, help="Blocks that a stage attaches.")
+@click.option(
+    "--warm-start",
+    type=click.Choice(["copy", "fresh"]),
+    default="copy",
+    show_default=True,
+    help="Start a new block as a copy of the one below, or fresh.",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A folder of examples for the tokenizer and the classes; its texts must be public.",
+)
+@click.option(
+    "--column", "columns", multiple=True, metavar="NAME=COLUMN", help="What its table calls a modality."
+)
+@click.option("--beta1", default=0.9, show_default=True, help="AdamW's.")
+@click.option("--beta2", default=0.999, show_default=True, help="AdamW's.")
+@click.option("--eps", default=1e-8, show_default=True, help="AdamW's.")
+@click.option("--weight-decay", default=0.01, show_default=True, help="AdamW's.")
+@click.option("--seed", default=0, show_default=True, help="Of the initial parameters.")
+@click.option(
+    "--check/--no-check", default=True, show_default=True, help="Compare every artifact with torch."
+)
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("bundle"), show_default=True
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@config_option
+def command(
+    model: str,
+    options: tuple[str, ...],
+    schedule: str,
+    rounds: str,
+    blocks_per_stage: int,
+    warm_start: str,
+    data: tuple[Path, ...],
+    columns: tuple[str, ...],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+    check: bool,
+    force: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Write the training artifacts of every stage, checked against torch."""
+    try:
+        import torch
+
+        import edge_client.engines as engines
+        from export.bundle import export_bundle
+        from export.schedules import SCHEDULES
+        from models.registry import build
+    except ImportError as error:
+        raise UserError(f"exporting needs {error.name}", 'pip install "lamina[export]"') from error
+    from wire.manifest import AdamW, parameter_counts
+
+    texts, classes = _examples(data, pairs(columns, "--column"))
+    builder_options = _options(options)
+    if builder_options.get("task") == "classification":
+        builder_options.setdefault("classes", len(classes))
+    torch.manual_seed(seed)
+    built = build(model, **builder_options)
+    extra = (
+        {} if schedule == "end_to_end" else {"blocks_per_stage": blocks_per_stage, "warm_start": warm_start}
+    )
+    exported = export_bundle(
+        built,
+        SCHEDULES[schedule](built.depths, _rounds(rounds), **extra),
+        out,
+        texts=texts,
+        classes=classes if built.task == "classification" else (),
+        optimizer=AdamW(beta1, beta2, eps, weight_decay),
+        engines=engines if check else None,
+        seed=seed,
+        force=force,
+    )
+    manifest, counts = exported.manifest, parameter_counts(exported.manifest)
+    stages = [sum(counts[group] for group in stage.trainable) for stage in manifest.stages]
+    if as_json:
+        parity = None
+        if exported.parity:
+            parity = {"loss": exported.parity.loss_error, "parameter": exported.parity.parameter_error}
+        size = sum(ref.size_bytes for ref in manifest.files.values())
+        result = {"bundle": str(out), "schedule": schedule, "trained_parameters": stages}
+        click.echo(json.dumps(result | {"size_bytes": size, "relative_error": parity}))
+        return
+    for number, (stage, count) in enumerate(zip(manifest.stages, stages, strict=True), 1):
+        click.echo(
+            f"stage {number}: {count:,} parameters in {', '.join(stage.trainable)}; {stage.rounds} rounds"
+        )
+    if exported.parity:
+        click.echo(str(exported.parity))
+    click.echo(f"bundle in {out}")
+
+
+def _examples(folders: Iterable[Path], columns: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Texts for the tokenizer and the sorted labels, from the tables of these folders."""
+    from inputs.table import read_table
+
+    names = {name: columns.get(name, name) for name in ("text", "label")}
+    texts: list[str] = []
+    labels: set[str] = set()
+    for folder in folders:
+        table = read_table(folder, set(names.values()))
+        texts += table.columns.get(names["text"], [])
+        labels |= {cell for cell in table.columns.get(names["label"], []) if cell}
+    return texts, sorted(labels)
+
+
+def _options(values: tuple[str, ...]) -> dict[str, Any]:
+    return {name.replace("-", "_"): _json(value) for name, value in pairs(values, "--option").items()}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text  # a word needs no quotes
+
+
+def _rounds(text: str) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--rounds {text} is not a number", "write --rounds 10 or --rounds 10,10,20"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers

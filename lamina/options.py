@@ -1,0 +1,126 @@
+"""What several subcommands have in common: options, and running until told to stop.
+
+Next: `lamina/cli.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from wire.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found]
+
+STOP_WITH_STDIN = "LAMINA_STOP_WITH_STDIN"
+"""Environment variable: stop when standard input closes, as it does when the parent has ended."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+def broker_option(**settings: Any) -> Callable[[F], F]:
+    """`--broker`, the address of the broker."""
+    return click.option(
+        "--broker",
+        metavar="URL",
+        help="mqtt://[user:password@]host[:port], or mqtts:// for TLS.",
+        **settings,
+    )
+
+
+def config_option(function: F) -> F:
+    """`--config`, a TOML file with any of the command's options; those on the command line come first."""
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="A TOML file with any of these options, such as `rounds = 5`.",
+    )(function)
+
+
+def plan_options(**defaults: Any) -> Callable[[F], F]:
+    """An option for each setting of `aggregator.plan.RunPlan`, with these defaults instead of its own."""
+    import msgspec
+    from msgspec.inspect import IntType, Metadata, StructType
+
+    from aggregator.plan import RunPlan
+
+    struct = msgspec.inspect.type_info(RunPlan)
+    assert isinstance(struct, StructType)
+
+    def add(function: F) -> F:
+        for field in reversed(struct.fields):
+            assert isinstance(field.type, Metadata)
+            function = click.option(
+                f"--{field.name.replace('_', '-')}",
+                type=int if isinstance(field.type.type, IntType) else float,
+                default=defaults.get(field.name, field.default),
+                show_default=True,
+                help=(field.type.extra_json_schema or {}).get("description"),
+            )(function)
+        return function
+
+    return add
+
+
+def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
+    """`("text=caption",)` as a dictionary. Raises `UserError`."""
+    for value in values:
+        if "=" not in value:
+            raise UserError(f"{option} {value} has no =", f"write {option} name=value")
+    return dict(value.split("=", 1) for value in values)
+
+
+def run_until_stopped(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`; SIGTERM ends it in order, like Ctrl-C. Raises KeyboardInterrupt then."""
+
+    async def stoppable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        if STOP_WITH_STDIN in os.environ:
+            asyncio.get_running_loop().add_reader(sys.stdin, task.cancel)
+        return await main
+
+    try:
+        return asyncio.run(stoppable())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _read_config(context: click.Context, _option: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}", "write a TOML file of options") from error
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    known = {option.name for option in context.command.params}
+    if unknown := sorted(values.keys() - known):
+        raise UserError(
+            f"{path}: there is no option {unknown[0]!r}", f"see lamina {context.info_name} --help"
+        )
+    context.default_map = {**(context.default_map or {}), **_plain(values)}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A table such as `[column]` as the `name=value` pairs that the option takes."""
+    return {
+        name: tuple(f"{key}={one}" for key, one in value.items()) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }

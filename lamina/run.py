@@ -1,0 +1,255 @@
+"""`lamina run`: the whole thing on one machine, each program in a process of its own.
+
+Rules: nothing here is a shortcut. Data, bundle, broker, aggregator and clients are the commands that a
+person types on three machines; this file only chooses their arguments and draws what the aggregator tells.
+
+    DIR/data/...                      the prepared data set, for the next run too
+    DIR/runs/<run>/bundle             the exported stages
+    DIR/runs/<run>/aggregator         books, blobs, and `model`, the final model
+    DIR/runs/<run>/clients/<client>   each client's state
+    DIR/runs/<run>/logs               what each of them logged
+
+Next: `lamina/processes.py`, which keeps them; `aggregator/run.py`, `edge_client/session.py`, what they do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lamina.options import broker_option, config_option, plan_options, run_until_stopped
+from wire.errors import LaminaError, UserError
+from wire.mqtt import Broker
+from wire.tasks import beside
+from wire.topics import check_name
+
+if TYPE_CHECKING:
+    from aggregator.events import RunClosed
+    from lamina.processes import Processes
+    from lamina.view import View
+
+SCHEDULES = ["layerwise", "progressive", "end_to_end"]
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What the options say. folder: of this run. broker: None for our own. plan: the aggregator's options."""
+
+    name: str
+    folder: Path
+    data: Path
+    clients: tuple[str, ...]
+    schedule: str
+    model: str
+    options: tuple[str, ...]
+    engine: str
+    threads: int
+    broker: str | None
+    plan: dict[str, Any]
+
+
+@click.command("run")
+@click.option(
+    "--schedule",
+    type=click.Choice(SCHEDULES),
+    default="layerwise",
+    show_default=True,
+    help="LW-FedMML, Prog-FedMML or FedMML.",
+)
+@click.option("--model", default="tiny", show_default=True, help="A preset, or package.module:builder.")
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=JSON", help="An option of the model's builder."
+)
+@click.option("--clients", default=4, show_default=True, help="Client processes, for the emoji data.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A folder with clients/<name>/ and, for metrics, holdout/.  [default: emoji, downloaded]",
+)
+@broker_option()
+@click.option("--engine", default="auto", show_default=True, help="What runs the clients' train steps.")
+@click.option(
+    "--threads", default=0, help="Of each client's train step.  [default: its share of the cores]"
+)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("lamina-work"),
+    show_default=True,
+)
+@click.option("--name", help="The run's.  [default: schedule, seed and time]")
+@plan_options(rounds=10, min_available_clients=None, round_deadline_s=120.0)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as the last line, in JSON.")
+@config_option
+def command(
+    schedule: str,
+    model: str,
+    options: tuple[str, ...],
+    clients: int,
+    data: Path | None,
+    broker: str | None,
+    engine: str,
+    threads: int,
+    folder: Path,
+    name: str | None,
+    as_json: bool,
+    **plan: Any,
+) -> None:
+    """Prepare data, export, and train with a broker, an aggregator and clients on this machine."""
+    try:
+        from lamina.view import View
+    except ImportError as error:
+        raise UserError(f"a local run needs {error.name}", 'pip install "lamina[all]"') from error
+    if broker is not None:
+        Broker.parse(broker)
+    name = check_name(
+        name or f"{schedule}-s{plan['seed']}-{time.strftime('%Y%m%d-%H%M%S')}", "the run's name"
+    )
+    data = data or _prepare_emoji(folder, clients)
+    names = _clients(data)
+    if plan["min_available_clients"] is None:
+        plan["min_available_clients"] = len(names)
+    run = LocalRun(
+        name=name,
+        folder=folder / "runs" / name,
+        data=data,
+        clients=names,
+        schedule=schedule,
+        model=model,
+        options=options,
+        engine=engine,
+        threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
+        broker=broker,
+        plan=plan,
+    )
+    if run.folder.exists():
+        raise UserError(f"{run.folder} exists", "choose another --name")
+    with View() as view:
+        closed = run_until_stopped(conduct(run, view))
+    if as_json:
+        click.echo(json.dumps(as_result(closed)))
+
+
+def as_result(closed: RunClosed) -> dict[str, Any]:
+    """The result as plain values."""
+    import msgspec
+
+    result: dict[str, Any] = msgspec.to_builtins(closed)
+    del result["type"]
+    return result
+
+
+async def conduct(run: LocalRun, view: View) -> RunClosed:
+    """Start everything, draw what happens, stop everything."""
+    from lamina.processes import Processes
+
+    async with Processes(run.folder / "logs", view.note) as processes:
+        view.status(f"exporting {run.model} for {run.schedule}, and checking it against torch")
+        bundle = run.folder / "bundle"
+        await processes.run("export", "export", *_export_arguments(run, bundle))
+        url = run.broker or await _start_broker(processes)
+        view.status(f"starting {len(run.clients)} clients on {url}")
+        return await beside(
+            _aggregate(run, processes, url, bundle, view), _keep_clients(run, processes, url, view)
+        )
+
+
+async def _aggregate(run: LocalRun, processes: Processes, url: str, bundle: Path, view: View) -> RunClosed:
+    from aggregator.events import RunClosed, from_json
+    from lamina.processes import ChildFailed
+
+    child = await processes.start("aggregator", "aggregator", *_aggregator_arguments(run, url, bundle))
+    assert child.stdout is not None
+    closed: RunClosed | None = None
+    async for line in child.stdout:
+        event = from_json(line)
+        view.show(event)
+        if isinstance(event, RunClosed):
+            closed = event
+    code = await child.wait()
+    if closed is None:
+        raise ChildFailed("aggregator", code, processes.log("aggregator"))
+    return closed
+
+
+async def _keep_clients(run: LocalRun, processes: Processes, url: str, view: View) -> None:
+    """Return when all have gone home. Raises the error of the last one, if none is left."""
+    errors: list[LaminaError] = []
+
+    async def keep(client: str) -> None:
+        try:
+            await processes.keep(client, "client", *_client_arguments(run, url, client))
+        except LaminaError as error:
+            view.note(str(error))
+            errors.append(error)
+
+    await asyncio.gather(*(keep(client) for client in run.clients))
+    if len(errors) == len(run.clients):
+        raise errors[-1]
+    await asyncio.Event().wait()  # the aggregator has the last word
+
+
+async def _start_broker(processes: Processes) -> str:
+    from lamina.processes import ChildFailed
+
+    child = await processes.start("broker", "broker", "--port", "0")
+    assert child.stdout is not None
+    line = (await child.stdout.readline()).decode().strip()
+    if not line:
+        raise ChildFailed("broker", await child.wait(), processes.log("broker"))
+    return line.split()[-1]
+
+
+def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
+    arguments = ["--model", run.model, "--schedule", run.schedule, "--seed", str(run.plan["seed"])]
+    arguments += [word for option in run.options for word in ("--option", option)]
+    arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
+    return [*arguments, "--out", str(bundle)]
+
+
+def _aggregator_arguments(run: LocalRun, url: str, bundle: Path) -> list[str]:
+    arguments = ["--broker", url, "--bundle", str(bundle), "--name", run.name]
+    arguments += ["--dir", str(run.folder / "aggregator"), "--json"]
+    if (run.data / "holdout").is_dir():
+        arguments += ["--holdout", str(run.data / "holdout")]
+    return arguments + [
+        word for name, value in run.plan.items() for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def _client_arguments(run: LocalRun, url: str, client: str) -> list[str]:
+    arguments = ["--broker", url, "--data", str(run.data / "clients" / client), "--name", client]
+    arguments += ["--run", run.name, "--dir", str(run.folder / "clients" / client)]
+    return [*arguments, "--engine", run.engine, "--threads", str(run.threads)]
+
+
+def _clients(data: Path) -> tuple[str, ...]:
+    """The clients that the data is divided among. Raises `UserError`."""
+    folder = data / "clients"
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise UserError(
+            f"{data} has no clients/<name>/ with examples",
+            "see `lamina data prepare`, or divide your own data so",
+        )
+    for name in names:
+        check_name(name, "the client's name")
+    return tuple(names)
+
+
+def _prepare_emoji(folder: Path, clients: int) -> Path:
+    from lamina.data.command import progress_bar
+    from lamina.data.emoji import prepare_emoji
+
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(progress_bar())
+        return prepare_emoji(folder / "data" / f"emoji-{clients}", clients, progress=progress).folder

@@ -1,0 +1,306 @@
+"""The manifest: its order is kept, and what could harm a device is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wire.errors import Malformed, TooLarge
+from wire.manifest import (
+    FORMAT,
+    MAX_MANIFEST_BYTES,
+    AdamW,
+    BlobRef,
+    Graph,
+    Manifest,
+    Modality,
+    Parameter,
+    Stage,
+    TensorSpec,
+    decode_manifest,
+    encode_manifest,
+    parameter_counts,
+)
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+fuzz = settings(
+    derandomize=True, max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+# In no order that sorting would give.
+PARAMETERS = {
+    "text.stem.tokens": Parameter("text.stem", (50, 8)),
+    "image.stem.patches.weight": Parameter("image.stem", (8, 3, 2, 2)),
+    "head.log_scale": Parameter("head", ()),
+    "image.stem.patches.bias": Parameter("image.stem", (8,)),
+    "image.block.0.weight": Parameter("image.block.0", (8, 8)),
+    "head.absent": Parameter("head", (0, 8)),
+    "another.weight": Parameter("head", (8, 4)),
+}
+
+
+def stage(**changes: Any) -> Stage:
+    graph = Graph("image.0.onnx", ("image",), ("features",), {"w": "image.block.0.weight"})
+    fields = {
+        "trainable": ("image.stem", "image.block.0", "text.stem", "head"),
+        "frozen": (),
+        "rounds": 3,
+        "warm_start": {},
+        "inputs": {"image": TensorSpec((3, 8, 8), "float32"), "text": TensorSpec((6,), "int64")},
+        "parameters": {"w": "image.block.0.weight", "b": "image.stem.patches.bias"},
+        "engines": {"onnx": {"train": "stage.0/train.onnx"}},
+        "segments": {"image": graph},
+        "encoders": {"image": graph},
+    }
+    return Stage(**{**fields, **changes})
+
+
+def manifest(**changes: Any) -> Manifest:
+    names = ("image.0.onnx", "stage.0/train.onnx", "initial.safetensors", "words.model")
+    fields = {
+        "format": FORMAT,
+        "builder": "models.presets:tiny",
+        "builder_options": {"width": 8, "depths": {"image": 1, "text": 0}},
+        "task": "contrastive",
+        "schedule": "layerwise",
+        "modalities": {
+            "text": Modality("text", {"text": TensorSpec((6,), "int64")}, {"tokenizer": "words.model"}),
+            "image": Modality(
+                "image", {"image": TensorSpec((3, 8, 8), "float32")}, {"mean": [0.5, 0.4, 0.3]}
+            ),
+        },
+        "classes": (),
+        "optimizer": AdamW(weight_decay=0.05),
+        "parameters": PARAMETERS,
+        "stages": (stage(), stage(frozen=("text.stem",), classifier=stage().encoders["image"])),
+        "initial": "initial.safetensors",
+        "files": {name: BlobRef.of(name.encode()) for name in names},
+    }
+    return Manifest(**{**fields, **changes})
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """The manifest as JSON values."""
+    return {**json.loads(encode_manifest(manifest())), **changes}
+
+
+def decode_json(value: object) -> Manifest:
+    return decode_manifest(json.dumps(value).encode())
+
+
+def test_the_reference_of_bytes_is_their_sha256_and_length():
+    assert BlobRef.of(b"") == BlobRef(EMPTY, 0)
+    assert BlobRef.of(b"abc").sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert BlobRef.of(b"abc").size_bytes == 3
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 5])
+def test_the_reference_of_a_file_is_that_of_its_bytes(tmp_path: Path, size: int):
+    content = (bytes(range(251)) * (size // 251 + 1))[:size]
+    (tmp_path / "file").write_bytes(content)
+    reference = BlobRef.of_file(tmp_path / "file")
+    assert reference == BlobRef.of(content)
+    assert reference == BlobRef(hashlib.sha256(content).hexdigest(), size)
+
+
+@pytest.mark.parametrize(
+    ("sha256", "size_bytes"),
+    [
+        ("", 0),
+        (EMPTY[:-1], 0),
+        (EMPTY + "0", 0),
+        (EMPTY.upper(), 0),
+        (EMPTY[:-1] + "g", 0),
+        (EMPTY[:-1] + "٣", 0),  # a digit, not a hex digit
+        ("../" + EMPTY[3:], 0),
+        (EMPTY[:-1] + "\n", 0),
+        (EMPTY, -1),
+    ],
+)
+def test_a_reference_that_cannot_be_is_refused(sha256: str, size_bytes: int):
+    with pytest.raises(ValueError, match="sha256" if size_bytes == 0 else "size_bytes"):
+        BlobRef(sha256, size_bytes)
+    with pytest.raises(Malformed):
+        decode_json(document(files={"a": {"sha256": sha256, "size_bytes": size_bytes}}))
+
+
+def test_a_manifest_comes_out_as_it_went_in():
+    again = decode_manifest(encode_manifest(manifest()))
+    assert again == manifest()
+    assert encode_manifest(again) == encode_manifest(manifest())
+
+
+def test_every_order_is_kept():
+    again = decode_manifest(encode_manifest(manifest()))
+    assert list(again.parameters) == list(PARAMETERS) != sorted(PARAMETERS)
+    assert list(again.modalities) == ["text", "image"]
+    assert list(again.stages[0].parameters) == ["w", "b"]
+    assert list(again.files) == list(manifest().files)
+    backwards = dict(reversed(PARAMETERS.items()))
+    again = decode_manifest(encode_manifest(manifest(parameters=backwards)))
+    assert list(again.parameters) == list(backwards)
+
+
+def test_shapes_are_tuples_that_compare_with_those_of_arrays():
+    again = decode_manifest(encode_manifest(manifest()))
+    assert again.parameters["image.stem.patches.weight"].shape == (8, 3, 2, 2)
+    assert again.parameters["head.log_scale"].shape == ()
+    assert again.stages[0].inputs["text"].shape == (6,)
+
+
+@settings(fuzz, max_examples=80)
+@given(names=st.lists(st.text(min_size=1, max_size=12), unique=True, max_size=8))
+def test_the_order_of_any_names_is_kept(names: list[str]):
+    parameters = {name: Parameter("head", (2,)) for name in names}
+    again = decode_manifest(encode_manifest(manifest(parameters=parameters)))
+    assert list(again.parameters) == names
+    assert again.names_of(("head",)) == names
+
+
+def test_names_and_shapes_come_in_the_manifests_order():
+    whole = manifest()
+    expected = {
+        "text.stem.tokens": (50, 8),
+        "head.log_scale": (),
+        "head.absent": (0, 8),
+        "another.weight": (8, 4),
+    }
+    for groups in [("text.stem", "head"), ("head", "text.stem"), ("head", "text.stem", "head")]:
+        assert whole.names_of(groups) == list(expected)
+        assert list(whole.shapes_of(groups).items()) == list(expected.items())
+    everything = tuple(dict.fromkeys(parameter.group for parameter in PARAMETERS.values()))
+    assert whole.names_of(everything) == list(PARAMETERS)
+
+
+def test_groups_that_are_not_there_have_no_names():
+    assert manifest().names_of(()) == []
+    assert manifest().names_of(("image.block.1", "image")) == []  # a part of a group's name is no group
+    assert manifest().shapes_of(("image.block.1",)) == {}
+
+
+def test_parameters_are_counted_for_each_group():
+    assert parameter_counts(manifest()) == {
+        "text.stem": 50 * 8,
+        "image.stem": 8 * 3 * 2 * 2 + 8,
+        "head": 1 + 0 + 8 * 4,
+        "image.block.0": 64,
+    }
+    assert parameter_counts(manifest(parameters={})) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/passwd",
+        "/",
+        "//host/share",
+        "..",
+        "../x",
+        "../../x",
+        "a/../../x",
+        "a/..",
+        "a/../b",
+        "C:\\x",
+        "\\x",
+        "a\\..\\x",
+        "..\\x",
+        "\\\\host\\share",
+    ],
+)
+def test_a_file_that_leaves_the_bundle_is_refused(name: str):
+    files = {"fine.onnx": BlobRef.of(b""), name: BlobRef.of(b"")}
+    with pytest.raises(ValueError, match="leaves the bundle"):
+        manifest(files=files)
+    with pytest.raises(Malformed, match="leaves the bundle"):
+        decode_json(document(files={name: {"sha256": EMPTY, "size_bytes": 0}}))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.onnx", "stage.0/train.onnx", "a/b/c", "..a", "a..b", "a../b", "a b", "ä"]
+)
+def test_a_file_that_stays_in_the_bundle_is_taken(name: str, tmp_path: Path):
+    again = decode_manifest(encode_manifest(manifest(files={name: BlobRef.of(b"")})))
+    assert list(again.files) == [name]
+    assert (tmp_path / name).resolve().is_relative_to(tmp_path.resolve())
+
+
+@pytest.mark.parametrize("other", [0, FORMAT + 1, -1])
+def test_another_format_is_refused_and_named(other: int):
+    with pytest.raises(ValueError, match=f"format {other}, this Lamina reads {FORMAT}"):
+        manifest(format=other)
+    with pytest.raises(Malformed, match=f"format {other}, this Lamina reads {FORMAT}"):
+        decode_json(document(format=other))
+
+
+def test_a_manifest_without_stages_is_refused():
+    with pytest.raises(Malformed, match="at least one stage"):
+        decode_json(document(stages=[]))
+
+
+def test_too_large_is_refused_before_decoding():
+    content = encode_manifest(manifest())
+    assert decode_manifest(content.ljust(MAX_MANIFEST_BYTES)) == manifest()
+    with pytest.raises(TooLarge, match=f"{MAX_MANIFEST_BYTES + 1} bytes"):
+        decode_manifest(content.ljust(MAX_MANIFEST_BYTES + 1))
+    with pytest.raises(TooLarge):
+        decode_manifest(b"{" * (MAX_MANIFEST_BYTES + 1))  # no JSON, so it was not decoded
+
+
+def test_fields_of_a_newer_exporter_are_ignored():
+    newer = document(news=[1, {"deep": None}])
+    newer["stages"][0]["news"] = newer["files"]["image.0.onnx"]["news"] = 1
+    assert decode_json(newer) == manifest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole: whole.pop("parameters"),
+        lambda whole: whole.update(task="regression"),
+        lambda whole: whole.update(format="1"),
+        lambda whole: whole.update(parameters=[]),
+        lambda whole: whole["parameters"].update(x={"group": "head", "shape": [2.5]}),
+        lambda whole: whole["parameters"].update(x={"group": "head"}),
+        lambda whole: whole["modalities"]["image"]["inputs"].update(
+            image={"shape": [3], "dtype": "float16"}
+        ),
+        lambda whole: whole["stages"][0].pop("rounds"),
+        lambda whole: whole["stages"][1]["engines"].update(onnx=["train.onnx"]),
+        lambda whole: whole["files"].update(x=EMPTY),
+    ],
+)
+def test_what_is_no_manifest_is_malformed(change: Callable[[dict[str, Any]], object]):
+    whole = document()
+    change(whole)
+    with pytest.raises(Malformed, match=r"^not a manifest: "):
+        decode_json(whole)
+
+
+def decodes_or_is_malformed(content: bytes) -> None:
+    with contextlib.suppress(Malformed):
+        assert isinstance(decode_manifest(content), Manifest)
+
+
+@fuzz
+@given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
+def test_any_bytes_decode_or_are_malformed(content: bytes):
+    decodes_or_is_malformed(content)
+
+
+@fuzz
+@given(data=st.data())
+def test_a_damaged_manifest_decodes_or_is_malformed(data: st.DataObject):
+    content = bytearray(msgspec.json.encode(manifest()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    decodes_or_is_malformed(bytes(content))
+    decodes_or_is_malformed(bytes(content[: data.draw(st.integers(0, len(content)))]))
