@@ -37,7 +37,7 @@ class Clients:
         """Note a hello. True if the client was not there, or what it has changed."""
         before = self._present.get(client)
         self._present[client] = Presence(hello, now_s)
-        return before is None or before.hello != hello
+        return before is None or before.hello != hello or now_s - before.seen_s > self._silence_s
 
     def bye(self, client: str) -> bool:
         """Note a bye. True if the client was there."""
@@ -55,7 +55,7 @@ def select(available: Iterable[str], fraction_train: float, seed: int, key: Roun
 
     The draw depends on nothing but the names, the seed and the round.
     """
-    names = sorted(available)
+    names = sorted(set(available))
     count = min(len(names), math.ceil(fraction_train * len(names) - 1e-9))
     draw = random.Random(f"{seed}/{key.stage}/{key.round}")
     return tuple(sorted(draw.sample(names, max(count, 1)))) if names else ()

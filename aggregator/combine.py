@@ -10,6 +10,7 @@ Next: `aggregator/run.py`, which feeds it from disk.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ def fedavg(parameters: Mapping[str, Array], updates: Iterable[Update]) -> Arrays
     """
     total: dict[str, npt.NDArray[np.float64]] = {}
     weight: dict[str, int] = dict.fromkeys(parameters, 0)
-    for update in updates:
+
+    def add(update: Update) -> None:
         if update.num_examples < 1:
             raise LocalError(f"update of {update.client} has no examples")
         for name, delta in update.delta.items():
@@ -51,7 +53,9 @@ def fedavg(parameters: Mapping[str, Array], updates: Iterable[Update]) -> Arrays
                 total[name] = np.zeros(delta.shape, np.float64)
             total[name] += delta.astype(np.float64) * update.num_examples
             weight[name] += update.num_examples
+
+    deque(map(add, updates), maxlen=0)  # unlike a loop variable, it lets go of each update before the next
     return {
-        name: (value + total[name] / weight[name]).astype(np.float32) if weight[name] else value.copy()
+        name: np.asarray(value + total[name] / weight[name], np.float32) if weight[name] else value.copy()
         for name, value in parameters.items()
     }

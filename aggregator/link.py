@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from aggregator.cohort import Clients
 from aggregator.events import ClientCame, ClientLeft, Tell
 from wire import topics
-from wire.errors import PeerError
+from wire.errors import Malformed, PeerError
 from wire.exchange import Exchange
 from wire.manifest import BlobRef
 from wire.messages import Announcement, Hello, Offer, Receipt, Report, Usage, Want, decode, encode
@@ -136,10 +136,12 @@ class Link:
             try:
                 await self._take(packet)
             except PeerError as error:
-                log.warning("ignored a message on %s: %s", packet.topic, error)
+                log.warning("ignored a message on %r: %s", packet.topic[:200], error)
 
     async def _take(self, packet: Packet) -> None:
         client, kind = topics.client_of(packet.topic), topics.kind_of(packet.topic)
+        if not topics.is_name(client):
+            raise Malformed("the topic names no client")
         if kind == "hello":
             hello = decode(packet.payload, Hello)
             if self._clients.hello(client, hello, asyncio.get_running_loop().time()):

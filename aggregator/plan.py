@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from wire.errors import UserError
-from wire.messages import RoundKey, TrainPlan
+from wire.messages import MAX_LEARNING_RATE, RoundKey, TrainPlan
 
 
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +53,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "rounds": (self.rounds >= 0, "0 or more"),
             "local_epochs": (self.local_epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
+            "learning_rate": (0 < self.learning_rate <= MAX_LEARNING_RATE, "more than 0"),
             "final_learning_rate_share": (0 <= self.final_learning_rate_share <= 1, "between 0 and 1"),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
             "announce_s": (0 < self.announce_s < math.inf, "more than 0 seconds"),
@@ -65,7 +65,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def train_plan(self, key: RoundKey, rounds: int) -> TrainPlan:
         """What a client is told for round `key.round` of a stage of `rounds` rounds."""
-        progress = key.round / max(1, rounds - 1)
+        progress = min(1.0, key.round / max(1, rounds - 1))
         share = self.final_learning_rate_share
         decay = share + (1 - share) * (1 + math.cos(math.pi * progress)) / 2
         return TrainPlan(

@@ -87,8 +87,6 @@ class Bundle:
     async def need(self, *names: str) -> None:
         """Return once these files are there. Raises `PeerError`."""
         for name in names:
-            if name not in self.manifest.files:
-                raise Malformed(f"the manifest lists no file {name}")
             ref = self.manifest.files[name]
             await self._link.fetch(ref, ref.size_bytes)
 
@@ -124,18 +122,18 @@ class Session:
         while (offer := await self._link.next_offer(offer)) is not None:
             if self._device.name not in offer.cohort:
                 continue
+            begin, receipt = time.monotonic(), None
             self._machine.move(Event.OFFER)
-            receipt = None
             try:
                 receipt = await self._link.unless_superseded(offer, self._round(offer))
             except PeerError as error:
                 log.warning("%s cannot be trained: %s", offer.key, error)
             if receipt is None:
                 self._machine.move(Event.WITHDRAWN)
+            await self._tell_usage(offer, time.monotonic() - begin)
         self._machine.move(Event.FINISH)
 
     async def _round(self, offer: Offer) -> Receipt:
-        begin = time.monotonic()
         if not (offer.key.stage < len(self._manifest.stages) and offer.key.stage <= len(offer.frozen)):
             raise Malformed(f"the offer of {offer.key} does not fit the manifest")
         report = self._done_before(offer)
@@ -154,7 +152,6 @@ class Session:
             log.info("%s: loss %.4f over %d examples", offer.key, report.loss, report.num_examples)
         else:
             log.warning("%s refused: %s, %s", offer.key, receipt.refusal, receipt.detail)
-        await self._tell_usage(offer, time.monotonic() - begin)
         return receipt
 
     async def _parameters(self, offer: Offer) -> Arrays:

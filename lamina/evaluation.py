@@ -65,7 +65,7 @@ def evaluate_model(folder: Path, saved: SavedModel, dataset: Dataset, threads: i
 def metrics(
     dataset: Dataset, encoders: Mapping[str, Encode], classifier: Encode | None = None
 ) -> dict[str, float]:
-    """`recall@k`, each direction's (`image_to_text@k`) and `chance@k`; of a classifier `accuracy`, `chance`."""
+    """`recall@k`, each direction's (`image_to_text@k`), `chance@k`; a classifier's `accuracy`, `chance`."""
     embeddings: dict[str, list[Array]] = {name: [] for name in encoders}
     hits: list[npt.NDArray[np.bool_]] = []
     for first in range(0, len(dataset), BATCH):
@@ -84,7 +84,7 @@ def metrics(
 
 
 def retrieval(embeddings: Mapping[str, Array], groups: tuple[str, ...] | None = None) -> dict[str, float]:
-    """Recalls among the examples of each group. embeddings: modality -> float32 [N, E], row by row partners."""
+    """Recalls among the examples of each group. embeddings: modality -> float32 [N, E], rows as pairs."""
     names = np.array(groups if groups is not None else [""] * len(next(iter(embeddings.values()))))
     recalls: dict[str, list[float]] = {}
     for group in np.unique(names):

@@ -41,7 +41,7 @@ SCHEDULES = ["layerwise", "progressive", "end_to_end"]
 
 @dataclass(frozen=True)
 class LocalRun:
-    """What the options say. folder: of this run. broker: None for our own. plan: the aggregator's options."""
+    """What the options say. folder: of this run. broker: None for our own. plan: aggregator options."""
 
     name: str
     folder: Path

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -168,7 +168,7 @@ class View:
         title = Text.assemble(
             (f"{board.run or 'lamina'} ", "bold"), board.schedule, "  ", (board.status, "cyan")
         )
-        parts = [
+        parts: list[RenderableType] = [
             title,
             *([_stages(board)] if board.stages else []),
             *([_clients(board)] if board.clients else []),
@@ -187,7 +187,8 @@ def as_line(event: Event, board: Board) -> str:
                 + (f", without {', '.join(event.missing)}" if event.missing else "")
             )
         case ClientCame():
-            return f"{event.client} is here: {board.clients[event.client].examples} examples, {event.hello.engine}"
+            examples = board.clients[event.client].examples
+            return f"{event.client} is here: {examples} examples, {event.hello.engine}"
         case ClientLeft():
             return f"{event.client} is gone"
         case UpdateRefused():

@@ -5,6 +5,9 @@ Next: `models/block.py`.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,33 @@ from models.block import Block
 from models.encoder import Encoder, Source
 from wire.errors import UserError
 from wire.manifest import TensorSpec
+
+
+class ConvStem(nn.Module):
+    """3 x 3 convolutions of stride 2 down to the patch grid, then positions; shapes as of `PatchStem`.
+
+    It learns faster than patches from few images: Xiao et al., arXiv 2106.14881. `patch`: a power of 2.
+    """
+
+    def __init__(self, size: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.tokens = (size // patch) ** 2
+        halvings = patch.bit_length() - 1
+        widths = [3, *(max(8, width >> (halvings - step)) for step in range(1, halvings)), width]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)
+            for before, after in pairwise(widths)
+        )
+        self.embed = nn.Conv2d(width, width, kernel_size=1)
+        self.positions = nn.Parameter(torch.empty(self.tokens, width))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The grid row by row."""
+        for convolution in self.convolutions:
+            image = nn.functional.gelu(convolution(image))
+        grid: Tensor = self.embed(image)
+        return grid.reshape(-1, grid.shape[1], self.tokens).permute(0, 2, 1) + self.positions
 
 
 class PatchStem(nn.Module):
@@ -36,14 +66,28 @@ class PatchStem(nn.Module):
         return embedded + self.positions
 
 
-def image_encoder(*, size: int, patch: int, width: int, heads: int, blocks: int) -> Encoder:
+def image_encoder(
+    *,
+    size: int,
+    patch: int,
+    width: int,
+    heads: int,
+    blocks: int,
+    stem: Literal["patch", "conv"] = "patch",
+) -> Encoder:
     """A ViT for RGB images of `size` x `size` pixels. Raises `UserError` for sizes that do not divide."""
+    if stem not in ("patch", "conv"):
+        raise UserError(f"there is no stem {stem!r}", "choose patch or conv")
+    if stem == "conv" and (patch < 2 or patch & (patch - 1)):
+        raise UserError(
+            f"a conv stem halves the image, which never gives patches of {patch}", "choose 4 or 8"
+        )
     if patch < 1 or size % patch:
         raise UserError(f"patches of {patch} pixels do not tile an image of {size}", "choose a divisor")
     if heads < 1 or width % heads:
         raise UserError(f"{heads} heads do not divide a width of {width}", "choose a divisor")
     return Encoder(
-        PatchStem(size, patch, width),
+        ConvStem(size, patch, width) if stem == "conv" else PatchStem(size, patch, width),
         [Block(width, heads) for _ in range(blocks)],
         Source(
             kind="image",

@@ -21,6 +21,7 @@ def image_text(
     classes: int = 0,
     size: int = 32,
     patch: int = 4,
+    stem: Literal["patch", "conv"] = "patch",
     width: int = 128,
     heads: int = 4,
     image_blocks: int = 4,
@@ -31,11 +32,13 @@ def image_text(
 ) -> Model:
     """A ViT and a text transformer of equal width under one head.
 
-    size, patch: pixels. vocabulary, length: of the tokens. embedding: the shared width, E.
+    size, patch: pixels. stem: the image's. vocabulary, length: of the tokens. embedding: the shared width.
     classes: for classification only. Raises `UserError` for numbers that do not fit together.
     """
     encoders = {
-        "image": image_encoder(size=size, patch=patch, width=width, heads=heads, blocks=image_blocks),
+        "image": image_encoder(
+            size=size, patch=patch, width=width, heads=heads, blocks=image_blocks, stem=stem
+        ),
         "text": text_encoder(
             vocabulary=vocabulary, length=length, width=width, heads=heads, blocks=text_blocks
         ),

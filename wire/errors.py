@@ -26,6 +26,8 @@ Refusal = Literal[
 ]
 """The names of refusals, as they go over the wire."""
 
+MAX_PEER_TEXT = 300
+
 
 class LaminaError(Exception):
     """Base of all deliberate errors; `str(error)` is one line for a person.
@@ -59,10 +61,17 @@ class TransportError(LaminaError):
 
 
 class PeerError(LaminaError):
-    """The other side sent something that cannot be used. It is told so, and counted."""
+    """The other side sent something that cannot be used. It is told so, and counted.
+
+    Its text may quote what was sent, so it is kept to one short, printable line.
+    """
 
     exit_code = 76
     reason: Refusal = "malformed"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:MAX_PEER_TEXT])
+        super().__init__(line if len(line) <= MAX_PEER_TEXT else f"{line[:MAX_PEER_TEXT]}...", hint)
 
 
 class Malformed(PeerError):

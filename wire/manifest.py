@@ -15,9 +15,11 @@ Next: `wire/messages.py`, which carries `BlobRef`s of these files to the clients
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -27,6 +29,12 @@ FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Shape = tuple[Annotated[int, msgspec.Meta(ge=0, le=2**31)], ...]
+_MAX_VALUES = 2**33  # of one parameter; no device holds as many
+_FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_MODALITY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
 Task = Literal["contrastive", "classification"]
 Dtype = Literal["float32", "int64"]
 
@@ -35,13 +43,11 @@ class BlobRef(msgspec.Struct, frozen=True):
     """Content by its hash. `sha256`: 64 lowercase hex digits; `size_bytes`: its exact length."""
 
     sha256: str
-    size_bytes: int
+    size_bytes: Count
 
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
             raise ValueError("sha256 is not 64 lowercase hex digits")
-        if self.size_bytes < 0:
-            raise ValueError("size_bytes is negative")
 
     @classmethod
     def of(cls, content: bytes) -> BlobRef:
@@ -62,7 +68,7 @@ class BlobRef(msgspec.Struct, frozen=True):
 class TensorSpec(msgspec.Struct, frozen=True):
     """One example's tensor: `shape` leaves out the batch dimension."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: Dtype
 
 
@@ -83,7 +89,11 @@ class Parameter(msgspec.Struct, frozen=True):
     """A float32 parameter of the model. `group`: the parameter group it belongs to."""
 
     group: str
-    shape: tuple[int, ...]
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) > _MAX_VALUES:
+            raise ValueError(f"a parameter of shape {self.shape} is too large")
 
 
 class Graph(msgspec.Struct, frozen=True):
@@ -118,7 +128,7 @@ class Stage(msgspec.Struct, frozen=True):
 
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
-    rounds: int
+    rounds: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
     warm_start: dict[str, str]
     inputs: dict[str, TensorSpec]
     parameters: dict[str, str]
@@ -126,6 +136,12 @@ class Stage(msgspec.Struct, frozen=True):
     segments: dict[str, Graph]
     encoders: dict[str, Graph]
     classifier: Graph | None = None
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """All inference graphs of the stage."""
+        classifier = (self.classifier,) if self.classifier is not None else ()
+        return (*self.segments.values(), *self.encoders.values(), *classifier)
 
 
 class AdamW(msgspec.Struct, frozen=True):
@@ -161,13 +177,40 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, BlobRef]
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ValueError(f"manifest format {self.format}, this Lamina reads {FORMAT}")
         if not self.stages:
             raise ValueError("a manifest needs at least one stage")
         for name in self.files:
-            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                raise ValueError(f"file name {name!r} leaves the bundle")
+            if name == MANIFEST_NAME or not all(map(_FILE_PART.fullmatch, name.split("/"))):
+                raise ValueError(f"{name!r} cannot name a file of a bundle")
+        for name in self.modalities:
+            if not _MODALITY.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a modality")
+        if missing := sorted(set(self._named_files()) - self.files.keys()):
+            raise ValueError(f"{missing[0]!r} is named and not listed among the files")
+        if missing := sorted(set(self._named_parameters()) - self.parameters.keys()):
+            raise ValueError(f"{missing[0]!r} is named and not listed among the parameters")
+        for stage in self.stages:
+            for group, source in stage.warm_start.items():
+                if list(self.shapes_of((group,)).values()) != list(self.shapes_of((source,)).values()):
+                    raise ValueError(f"{group!r} cannot start from {source!r}, which has other shapes")
+
+    def _named_files(self) -> Iterator[str]:
+        yield self.initial
+        for modality in self.modalities.values():
+            tokenizer = modality.options.get("tokenizer")
+            if isinstance(tokenizer, str):
+                yield tokenizer
+        for stage in self.stages:
+            for roles in stage.engines.values():
+                yield from roles.values()
+            for graph in stage.graphs:
+                yield graph.file
+
+    def _named_parameters(self) -> Iterator[str]:
+        for stage in self.stages:
+            yield from stage.parameters.values()
+            for graph in stage.graphs:
+                yield from graph.parameters.values()
 
     def groups_frozen_after(self, stage: int) -> tuple[str, ...]:
         """Groups that train in `stage` (counted from 0) and are frozen in the next."""
@@ -187,6 +230,10 @@ class Manifest(msgspec.Struct, frozen=True):
         return {name: self.parameters[name].shape for name in self.names_of(groups)}
 
 
+class _Format(msgspec.Struct, frozen=True):
+    format: int
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical JSON (sorted keys would lose the order that `parameters` carries; they stay as given)."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
@@ -197,8 +244,11 @@ def decode_manifest(content: bytes) -> Manifest:
     if len(content) > MAX_MANIFEST_BYTES:
         raise TooLarge(f"manifest of {len(content)} bytes, the limit is {MAX_MANIFEST_BYTES}")
     try:
+        found = msgspec.json.decode(content, type=_Format).format
+        if found != FORMAT:
+            raise Malformed(f"manifest format {found}, this Lamina reads {FORMAT}")
         return msgspec.json.decode(content, type=Manifest)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not a manifest: {error}") from error
 
 
@@ -206,8 +256,5 @@ def parameter_counts(manifest: Manifest) -> Mapping[str, int]:
     """Group -> number of scalar parameters."""
     counts: dict[str, int] = {}
     for parameter in manifest.parameters.values():
-        size = 1
-        for extent in parameter.shape:
-            size *= extent
-        counts[parameter.group] = counts.get(parameter.group, 0) + size
+        counts[parameter.group] = counts.get(parameter.group, 0) + math.prod(parameter.shape)
     return counts

@@ -17,19 +17,26 @@ from __future__ import annotations
 from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
-from wire.errors import Malformed, Refusal, TooLarge
-from wire.manifest import BlobRef
+from wire.errors import LocalError, Malformed, Refusal, TooLarge
+from wire.manifest import BlobRef, Count
+from wire.topics import NAME_PATTERN
+from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 
+MAX_LEARNING_RATE = 1e6
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
+
+Name = Annotated[str, Meta(pattern=rf"^{NAME_PATTERN}\Z")]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class RoundKey(msgspec.Struct, frozen=True, order=True):
     """Which round of a run: with the client's name, the key of an update. All counted from 0."""
 
-    stage: int
-    round: int
+    stage: Count
+    round: Count
 
     def __str__(self) -> str:
         return f"stage {self.stage + 1} round {self.round + 1}"
@@ -42,11 +49,11 @@ class Announcement(msgspec.Struct, frozen=True, tag=True):
     chunk_bytes: the size of a packet in this run's transfers, header included (`wire/transfer.py`).
     """
 
-    run: str
+    run: Name
     manifest: BlobRef
     started_s: float
-    heartbeat_s: float
-    chunk_bytes: int
+    heartbeat_s: Seconds
+    chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     open: bool = True
 
 
@@ -56,9 +63,9 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     num_examples: modality -> examples that have it. memory_mb: physical memory, in 10^6 bytes.
     """
 
-    num_examples: dict[str, int]
+    num_examples: dict[str, Count]
     engine: str
-    memory_mb: int
+    memory_mb: Count
     version: str
 
 
@@ -69,10 +76,10 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
 class TrainPlan(msgspec.Struct, frozen=True):
     """How to train locally in this round. `seed` fixes the order of the examples."""
 
-    learning_rate: Annotated[float, msgspec.Meta(gt=0)]
-    batch_size: Annotated[int, msgspec.Meta(ge=1)]
-    local_epochs: Annotated[int, msgspec.Meta(ge=1)]
-    seed: Annotated[int, msgspec.Meta(ge=0)]
+    learning_rate: Annotated[float, Meta(ge=0, le=MAX_LEARNING_RATE)]
+    batch_size: Annotated[int, Meta(ge=1, le=2**31)]
+    local_epochs: Annotated[int, Meta(ge=1, le=2**31)]
+    seed: Count
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
@@ -86,7 +93,7 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
 
     key: RoundKey
     opened_s: float
-    cohort: tuple[str, ...]
+    cohort: tuple[Name, ...]
     parameters: BlobRef
     frozen: tuple[BlobRef, ...]
     plan: TrainPlan
@@ -110,7 +117,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     key: RoundKey
     update: BlobRef
     groups: tuple[str, ...]
-    num_examples: int
+    num_examples: Count
     loss: float
 
 
@@ -123,17 +130,17 @@ class Receipt(msgspec.Struct, frozen=True, tag=True):
 
 
 class Usage(msgspec.Struct, frozen=True, tag=True):
-    """What a round has cost a client; sent once, after the receipt.
+    """What a round has cost a client; sent once, after the receipt or when the round was given up.
 
     bytes_sent, bytes_received: counted at the MQTT socket since the last `Usage`.
-    peak_rss_bytes: the process's high-water mark so far. seconds: from the offer to the receipt.
+    peak_rss_bytes: the process's high-water mark so far. seconds: from the offer to its end.
     """
 
     key: RoundKey
-    bytes_sent: int
-    bytes_received: int
-    peak_rss_bytes: int
-    seconds: float
+    bytes_sent: Count
+    bytes_received: Count
+    peak_rss_bytes: Count
+    seconds: Seconds
 
 
 Message = Announcement | Hello | Bye | Offer | Want | Report | Receipt | Usage
@@ -143,16 +150,22 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: Message) -> bytes:
-    """Msgpack, with the struct's name as its tag."""
-    return _encoder.encode(message)
+    """Msgpack, with the struct's name as its tag. Raises `LocalError` for what no peer would take."""
+    payload = _encoder.encode(message)
+    if len(payload) > _limit(type(message)):
+        raise LocalError(f"{type(message).__name__} of {len(payload)} bytes is too large to be sent")
+    return payload
 
 
 def decode(payload: bytes, kind: type[M]) -> M:
     """The message in `payload`. Raises `TooLarge` before decoding, `Malformed` for any other content."""
-    limit = MAX_OFFER_BYTES if kind is Offer else MAX_MESSAGE_BYTES
-    if len(payload) > limit:
-        raise TooLarge(f"{kind.__name__} of {len(payload)} bytes, the limit is {limit}")
+    if len(payload) > _limit(kind):
+        raise TooLarge(f"{kind.__name__} of {len(payload)} bytes, the limit is {_limit(kind)}")
     try:
         return msgspec.msgpack.decode(payload, type=kind)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not a {kind.__name__}: {error}") from error
+
+
+def _limit(kind: type[Message]) -> int:
+    return MAX_OFFER_BYTES if kind is Offer else MAX_MESSAGE_BYTES

@@ -5,8 +5,8 @@ Rules:
   client takes the offer, trains, reports and waits for its receipt.
 - There is no I/O and no clock here. The programs say what happened (`Event`); the table says where that
   leads. A pair that is not in the table is illegal: it raises `LocalError` and changes nothing.
-- Everything a peer can cause by its own (an offer that supersedes another, a receipt that comes again)
-  is in the table. So an illegal move is always this side's own defect.
+- What a peer repeats or sends out of turn is sorted out before it becomes an event. So an illegal move is
+  always this side's own defect.
 
 Next: `aggregator/run.py` and `edge_client/session.py`, which walk this table.
 """

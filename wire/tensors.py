@@ -8,6 +8,7 @@ Next: `wire/transfer.py`, which moves these bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,12 +28,12 @@ _HEADER_BYTES = 4096
 
 def pack(arrays: Mapping[str, Array]) -> bytes:
     """Safetensors of float32 arrays, in an order that depends on their names only."""
-    return save({name: np.ascontiguousarray(arrays[name], np.float32) for name in sorted(arrays)})
+    return save({name: np.asarray(arrays[name], np.float32, order="C") for name in sorted(arrays)})
 
 
 def max_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """The largest encoding of float32 arrays of these shapes that is still worth parsing."""
-    values = sum(4 * int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
+    values = sum(4 * math.prod(shape) for shape in shapes.values())
     return values + _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(shapes)
 
 

@@ -24,12 +24,17 @@ ROOT = "lamina/v1"
 Up = Literal["hello", "bye", "want", "chunk", "report", "usage"]
 Down = Literal["want", "chunk", "receipt"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be a run's or a client's name."""
+    return re.fullmatch(NAME_PATTERN, name) is not None
 
 
 def check_name(name: str, what: str) -> str:
     """A run's or client's name as a topic level: 1 to 64 of `A-Za-z0-9._-`. Raises `UserError`."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise UserError(
             f"{what} {name!r} is not a usable name",
             "use 1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first",

@@ -23,6 +23,7 @@ from wire.manifest import BlobRef
 
 CHUNK_BYTES = 120 << 10  # of a packet; managed brokers end at 128 KB
 MIN_CHUNK_BYTES = 1 << 10
+MAX_CHUNK_BYTES = 1 << 20
 
 _HEADER = struct.Struct(">8sIII")
 
@@ -31,7 +32,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 def check_chunk_bytes(chunk_bytes: int) -> int:
     """Raises `UserError` outside 1 KiB to 1 MiB."""
-    if not MIN_CHUNK_BYTES <= chunk_bytes <= 1 << 20:
+    if not MIN_CHUNK_BYTES <= chunk_bytes <= MAX_CHUNK_BYTES:
         raise UserError(f"chunks of {chunk_bytes} bytes", "choose 1024 to 1048576, brokers take 122880")
     return chunk_bytes
 

@@ -39,7 +39,7 @@ TAKEN: list[tuple[str, Any]] = [
     ("local_epochs", 1),
     ("batch_size", 1),
     ("learning_rate", 1e-12),
-    ("final_learning_rate_share", 0),
+    ("final_learning_rate_share", 1e-9),
     ("final_learning_rate_share", 1),
     ("announce_s", 0.001),
     ("heartbeat_s", 0.001),
@@ -93,7 +93,7 @@ def test_a_client_is_told_the_settings():
     assert (told.batch_size, told.local_epochs) == (8, 3)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.75, 1.0])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.75, 1.0])
 @pytest.mark.parametrize("rounds", [2, 3, 50])
 def test_the_learning_rate_falls_from_the_whole_to_its_share(rounds: int, share: float):
     rates = learning_rates(rounds, learning_rate=0.02, final_learning_rate_share=share)
@@ -104,8 +104,9 @@ def test_the_learning_rate_falls_from_the_whole_to_its_share(rounds: int, share:
 
 
 def test_the_learning_rate_falls_along_a_half_cosine():
-    rates = learning_rates(5, learning_rate=1.0, final_learning_rate_share=0.0)
-    assert rates == pytest.approx([1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0], abs=1e-12)
+    rates = learning_rates(5, learning_rate=1.0, final_learning_rate_share=0.5)
+    half = [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0]
+    assert rates == pytest.approx([0.5 + 0.5 * share for share in half], abs=1e-12)
     rates = learning_rates(5, learning_rate=0.1, final_learning_rate_share=0.2)
     assert rates[2] == pytest.approx(0.1 * (1 + 0.2) / 2)
 

@@ -203,7 +203,6 @@ def test_a_field_of_another_type_or_none_at_all_is_refused(message: Message):
         (Offer, ("plan", "batch_size"), 0),
         (Offer, ("plan", "local_epochs"), 0),
         (Offer, ("plan", "learning_rate"), -1e-3),
-        (Offer, ("plan", "learning_rate"), 0.0),
         (Offer, ("plan", "learning_rate"), float("nan")),
         (Offer, ("plan", "seed"), -1),
     ],
