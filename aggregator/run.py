@@ -205,9 +205,7 @@ class Run:
         available = await self.link.until_available(self._plan.min_available_clients)
         cohort = select(available, self._plan.fraction_train, self._plan.seed, key)
         offer = self._offer(key, cohort)
-        self._collection = collection = Collection(
-            self._manifest, offer, self._state.trainable(), self.link.fetch
-        )
+        self._collection = collection = Collection(self._manifest, offer, self.link.fetch)
         self.link.serve_file(offer.parameters, self._store.path(offer.parameters))
         self._machine.move(Event.OFFER)
         self._tell(RoundOpened(key, cohort))

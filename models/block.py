@@ -62,9 +62,14 @@ class Block(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal of deviation 0.02 for weights, zero for biases (ViT's and BERT's), in place."""
+    """In place: weights keep the variance of their input (LeCun's), biases are zero.
+
+    The 0.02 of BERT and ViT fits widths near 768; at 128 it makes the first steps four times too small.
+    """
     for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding | nn.Conv2d):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-        if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
-            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(part.weight, std=part.weight[0].numel() ** -0.5)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.trunc_normal_(part.weight, std=part.embedding_dim**-0.5)

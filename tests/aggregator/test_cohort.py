@@ -84,6 +84,15 @@ def test_who_was_silent_too_long_is_forgotten_and_may_come_back():
     assert clients.available(1001.0) == ["ada"]
 
 
+def test_a_hello_after_too_long_a_silence_is_news_though_nobody_asked_meanwhile():
+    clients = Clients(HEARTBEAT_S)
+    clients.hello("ada", hello(), 0.0)
+    assert not clients.hello("ada", hello(), SILENCE_S)
+    assert clients.hello("ada", hello(), 2 * SILENCE_S + 0.25)
+    assert not clients.hello("ada", hello(), 2 * SILENCE_S + 0.5)
+    assert clients.available(2 * SILENCE_S + 0.5) == ["ada"]
+
+
 def test_the_list_of_clients_is_the_callers_own():
     clients = Clients(HEARTBEAT_S)
     clients.hello("ada", hello(), 0.0)
@@ -136,6 +145,12 @@ def test_a_draw_is_the_same_every_time_and_in_whichever_order_names_come():
         assert select(rng.sample(NAMES, len(NAMES)), 0.3, 7, RoundKey(1, 2)) == expected
     assert select(set(NAMES), 0.3, 7, RoundKey(1, 2)) == expected
     assert select(iter(NAMES), 0.3, 7, RoundKey(1, 2)) == expected
+
+
+def test_a_name_that_comes_twice_is_drawn_once():
+    assert select([*NAMES, *NAMES[:20]], 1.0, 7, KEY) == tuple(NAMES)
+    assert select(NAMES * 3, 0.3, 7, KEY) == select(NAMES, 0.3, 7, KEY)
+    assert select(["ada", "ada", "ada"], 0.5, 7, KEY) == ("ada",)
 
 
 def test_a_draw_leaves_the_names_and_the_global_generator_alone():

@@ -11,7 +11,7 @@ import pytest
 
 from aggregator.plan import RunPlan
 from wire.errors import UserError
-from wire.messages import RoundKey, TrainPlan
+from wire.messages import MAX_LEARNING_RATE, RoundKey, TrainPlan
 
 NAN, INF = math.nan, math.inf
 KEY = RoundKey(2, 1)
@@ -23,7 +23,7 @@ REFUSED: list[tuple[str, Any]] = [
     *(("rounds", value) for value in (-1, -10)),
     *(("local_epochs", value) for value in (0, -1)),
     *(("batch_size", value) for value in (0, -32)),
-    *(("learning_rate", value) for value in (0, -1e-3, INF, -INF, NAN)),
+    *(("learning_rate", value) for value in (0, -1e-3, 1.1 * MAX_LEARNING_RATE, INF, -INF, NAN)),
     *(("final_learning_rate_share", value) for value in (-0.1, 1.0001, INF, -INF, NAN)),
     *(("seed", value) for value in (-1, 2**31, 2**64)),
     *(("announce_s", value) for value in (0, -5.0, INF, -INF, NAN)),
@@ -39,6 +39,8 @@ TAKEN: list[tuple[str, Any]] = [
     ("local_epochs", 1),
     ("batch_size", 1),
     ("learning_rate", 1e-12),
+    ("learning_rate", MAX_LEARNING_RATE),
+    ("final_learning_rate_share", 0),
     ("final_learning_rate_share", 1e-9),
     ("final_learning_rate_share", 1),
     ("announce_s", 0.001),
@@ -93,7 +95,7 @@ def test_a_client_is_told_the_settings():
     assert (told.batch_size, told.local_epochs) == (8, 3)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.75, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.75, 1.0])
 @pytest.mark.parametrize("rounds", [2, 3, 50])
 def test_the_learning_rate_falls_from_the_whole_to_its_share(rounds: int, share: float):
     rates = learning_rates(rounds, learning_rate=0.02, final_learning_rate_share=share)
@@ -113,6 +115,25 @@ def test_the_learning_rate_falls_along_a_half_cosine():
 
 def test_a_stage_of_one_round_has_the_whole_learning_rate():
     assert learning_rates(1, learning_rate=0.02) == [0.02]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_a_round_beyond_the_last_has_the_last_ones_learning_rate(rounds: int, share: float):
+    plan = RunPlan(learning_rate=0.5, final_learning_rate_share=share)
+    rates = [plan.train_plan(RoundKey(0, number), rounds).learning_rate for number in range(rounds + 3)]
+    last = max(1, rounds - 1)
+    assert rates[last:] == [rates[last]] * (rounds + 3 - last)
+    assert rates[last] == pytest.approx(0.5 * share)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-12, 1.0])
+@pytest.mark.parametrize("learning_rate", [1e-300, 1e-3, MAX_LEARNING_RATE])
+def test_every_rounds_plan_travels(learning_rate: float, share: float):
+    plan = RunPlan(learning_rate=learning_rate, final_learning_rate_share=share)
+    for number in range(6):
+        told = plan.train_plan(RoundKey(0, number), 4)
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=TrainPlan) == told
 
 
 def test_every_stage_starts_again():

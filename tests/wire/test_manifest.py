@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from wire.errors import Malformed, TooLarge
 from wire.manifest import (
     FORMAT,
+    MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     AdamW,
     BlobRef,
@@ -48,6 +51,9 @@ PARAMETERS = {
 }
 
 
+FILES = ("image.0.onnx", "stage.0/train.onnx", "initial.safetensors", "words.model")
+
+
 def stage(**changes: Any) -> Stage:
     graph = Graph("image.0.onnx", ("image",), ("features",), {"w": "image.block.0.weight"})
     fields = {
@@ -65,7 +71,6 @@ def stage(**changes: Any) -> Stage:
 
 
 def manifest(**changes: Any) -> Manifest:
-    names = ("image.0.onnx", "stage.0/train.onnx", "initial.safetensors", "words.model")
     fields = {
         "format": FORMAT,
         "builder": "models.presets:tiny",
@@ -83,9 +88,18 @@ def manifest(**changes: Any) -> Manifest:
         "parameters": PARAMETERS,
         "stages": (stage(), stage(frozen=("text.stem",), classifier=stage().encoders["image"])),
         "initial": "initial.safetensors",
-        "files": {name: BlobRef.of(name.encode()) for name in names},
+        "files": {name: BlobRef.of(name.encode()) for name in FILES},
     }
     return Manifest(**{**fields, **changes})
+
+
+def with_parameters(parameters: dict[str, Parameter]) -> Manifest:
+    """One whose stage names no parameter."""
+    return manifest(parameters=parameters, stages=(stage(parameters={}, segments={}, encoders={}),))
+
+
+def with_file(name: str) -> Manifest:
+    return manifest(files={**manifest().files, name: BlobRef.of(b"")})
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -124,13 +138,22 @@ def test_the_reference_of_a_file_is_that_of_its_bytes(tmp_path: Path, size: int)
         ("../" + EMPTY[3:], 0),
         (EMPTY[:-1] + "\n", 0),
         (EMPTY, -1),
+        (EMPTY, 2**63),
     ],
 )
 def test_a_reference_that_cannot_be_is_refused(sha256: str, size_bytes: int):
-    with pytest.raises(ValueError, match="sha256" if size_bytes == 0 else "size_bytes"):
-        BlobRef(sha256, size_bytes)
-    with pytest.raises(Malformed):
-        decode_json(document(files={"a": {"sha256": sha256, "size_bytes": size_bytes}}))
+    if size_bytes == 0:
+        with pytest.raises(ValueError, match="sha256"):
+            BlobRef(sha256, size_bytes)
+    whole = document()
+    whole["files"]["words.model"] = {"sha256": sha256, "size_bytes": size_bytes}
+    with pytest.raises(Malformed, match="sha256" if size_bytes == 0 else "size_bytes"):
+        decode_json(whole)
+
+
+def test_a_blob_may_be_as_large_as_any_file():
+    largest = {**manifest().files, "words.model": BlobRef(EMPTY, 2**63 - 1)}
+    assert decode_manifest(encode_manifest(manifest(files=largest))).files == largest
 
 
 def test_a_manifest_comes_out_as_it_went_in():
@@ -161,7 +184,7 @@ def test_shapes_are_tuples_that_compare_with_those_of_arrays():
 @given(names=st.lists(st.text(min_size=1, max_size=12), unique=True, max_size=8))
 def test_the_order_of_any_names_is_kept(names: list[str]):
     parameters = {name: Parameter("head", (2,)) for name in names}
-    again = decode_manifest(encode_manifest(manifest(parameters=parameters)))
+    again = decode_manifest(encode_manifest(with_parameters(parameters)))
     assert list(again.parameters) == names
     assert again.names_of(("head",)) == names
 
@@ -194,7 +217,7 @@ def test_parameters_are_counted_for_each_group():
         "head": 1 + 0 + 8 * 4,
         "image.block.0": 64,
     }
-    assert parameter_counts(manifest(parameters={})) == {}
+    assert parameter_counts(with_parameters({})) == {}
 
 
 @pytest.mark.parametrize(
@@ -214,31 +237,189 @@ def test_parameters_are_counted_for_each_group():
         "a\\..\\x",
         "..\\x",
         "\\\\host\\share",
+        "..a",
+        "",
+        ".",
+        "a//b",
+        "a/",
+        "a/./b",
+        ".hidden",
+        "a/.hidden",
+        "-x",
+        "~",
+        "a:b",
+        "a b",
+        "a\n",
+        "a\x00b",
+        "ä",
+        "a" * 101,
+        "a/" + "b" * 101,
+        MANIFEST_NAME,
     ],
 )
-def test_a_file_that_leaves_the_bundle_is_refused(name: str):
-    files = {"fine.onnx": BlobRef.of(b""), name: BlobRef.of(b"")}
-    with pytest.raises(ValueError, match="leaves the bundle"):
-        manifest(files=files)
-    with pytest.raises(Malformed, match="leaves the bundle"):
-        decode_json(document(files={name: {"sha256": EMPTY, "size_bytes": 0}}))
+def test_a_file_that_is_not_plainly_named_is_refused(name: str):
+    with pytest.raises(ValueError, match="cannot name a file of a bundle"):
+        with_file(name)
+    whole = document()
+    whole["files"][name] = {"sha256": EMPTY, "size_bytes": 0}
+    with pytest.raises(Malformed, match="cannot name a file of a bundle"):
+        decode_json(whole)
 
 
 @pytest.mark.parametrize(
-    "name", ["a.onnx", "stage.0/train.onnx", "a/b/c", "..a", "a..b", "a../b", "a b", "ä"]
+    "name",
+    [
+        "a.onnx",
+        "stage.0/train.onnx",
+        "a/b/c",
+        "a..b",
+        "a../b",
+        "_a",
+        "0",
+        "A-z_9.",
+        "a" * 100,
+        f"a/{MANIFEST_NAME}",
+    ],
 )
-def test_a_file_that_stays_in_the_bundle_is_taken(name: str, tmp_path: Path):
-    again = decode_manifest(encode_manifest(manifest(files={name: BlobRef.of(b"")})))
-    assert list(again.files) == [name]
+def test_a_file_that_is_plainly_named_is_taken(name: str, tmp_path: Path):
+    again = decode_manifest(encode_manifest(with_file(name)))
+    assert list(again.files) == list({**dict.fromkeys(FILES), name: None})
     assert (tmp_path / name).resolve().is_relative_to(tmp_path.resolve())
+
+
+@fuzz
+@given(name=st.text("aZ0._-/\\ :~\n\0é", max_size=12) | st.text(max_size=12))
+def test_no_file_that_is_taken_leaves_the_bundle(name: str):
+    try:
+        with_file(name)
+    except ValueError:
+        return
+    folder = Path("/bundle")
+    path = Path(os.path.normpath(folder / name))
+    assert path.is_relative_to(folder)
+    assert path != folder
+    assert str(path.relative_to(folder)) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "a.b", "1a", "-a", "_a", "a b", "a\n", "ä", "a" * 65]
+)
+def test_a_modality_that_cannot_name_a_file_is_refused(name: str):
+    modalities = {**manifest().modalities, name: Modality("image", {})}
+    with pytest.raises(ValueError, match="cannot name a modality"):
+        manifest(modalities=modalities)
+    whole = document()
+    whole["modalities"][name] = whole["modalities"]["image"]
+    with pytest.raises(Malformed, match="cannot name a modality"):
+        decode_json(whole)
+
+
+@pytest.mark.parametrize("name", ["a", "IMU", "left-camera", "x_2", "a" * 64])
+def test_a_modality_that_can_name_a_file_is_taken(name: str):
+    whole = manifest(modalities={**manifest().modalities, name: Modality("image", {})})
+    assert decode_manifest(encode_manifest(whole)) == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole: whole.update(initial="gone"),
+        lambda whole: whole["modalities"]["text"]["options"].update(tokenizer="gone"),
+        lambda whole: whole["stages"][1]["engines"]["onnx"].update(eval="gone"),
+        lambda whole: whole["stages"][1]["segments"]["image"].update(file="gone"),
+        lambda whole: whole["stages"][1]["encoders"]["image"].update(file="gone"),
+        lambda whole: whole["stages"][1]["classifier"].update(file="gone"),
+    ],
+    ids=["initial", "tokenizer", "engine", "segment", "encoder", "classifier"],
+)
+def test_a_named_file_that_is_not_listed_is_refused(change: Callable[[dict[str, Any]], object]):
+    whole = document()
+    change(whole)
+    with pytest.raises(Malformed, match="'gone' is named and not listed among the files"):
+        decode_json(whole)
+    whole["files"]["gone"] = {"sha256": EMPTY, "size_bytes": 0}
+    assert "gone" in decode_json(whole).files
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole: whole["stages"][1]["parameters"].update(w="gone"),
+        lambda whole: whole["stages"][1]["segments"]["image"]["parameters"].update(w="gone"),
+        lambda whole: whole["stages"][1]["encoders"]["image"]["parameters"].update(w="gone"),
+        lambda whole: whole["stages"][1]["classifier"]["parameters"].update(w="gone"),
+    ],
+    ids=["train step", "segment", "encoder", "classifier"],
+)
+def test_a_named_parameter_that_is_not_listed_is_refused(change: Callable[[dict[str, Any]], object]):
+    whole = document()
+    change(whole)
+    with pytest.raises(Malformed, match="'gone' is named and not listed among the parameters"):
+        decode_json(whole)
+    whole["parameters"]["gone"] = {"group": "head", "shape": [1]}
+    assert "gone" in decode_json(whole).parameters
+
+
+def test_an_option_that_is_no_name_is_no_reference():
+    text = Modality("text", {}, {"tokenizer": 7, "length": 6})
+    assert manifest(modalities={"text": text}).modalities == {"text": text}
+
+
+def test_a_group_starts_only_from_one_of_the_same_shapes():
+    alike = {**PARAMETERS, "image.block.1.weight": Parameter("image.block.1", (8, 8))}
+    warm = stage(warm_start={"image.block.1": "image.block.0"})
+    assert manifest(parameters=alike, stages=(stage(), warm)).stages[1] == warm
+    for shape in [(8, 9), (64,), (8, 8, 1)]:
+        other = {**PARAMETERS, "image.block.1.weight": Parameter("image.block.1", shape)}
+        with pytest.raises(ValueError, match=r"'image\.block\.1' cannot start from 'image\.block\.0'"):
+            manifest(parameters=other, stages=(stage(), warm))
+    with pytest.raises(ValueError, match="which has other shapes"):  # there is no such group
+        manifest(stages=(stage(), warm))
+
+
+@pytest.mark.parametrize("shape", [[-1], [2, -1], [2**31 + 1], [2**63], [2**31, 5], [2**20, 2**20, 0.5]])
+def test_a_parameter_that_no_device_holds_is_refused(shape: list[float]):
+    whole = document()
+    whole["parameters"]["another.weight"]["shape"] = shape
+    with pytest.raises(Malformed, match=r"parameters\["):
+        decode_json(whole)
+
+
+@pytest.mark.parametrize("shape", [[2**31, 4], [2**31], [2**31, 2**31, 0], [1] * 40])
+def test_a_large_parameter_is_taken_and_counted_exactly(shape: list[int]):
+    whole = document()
+    whole["parameters"]["large.weight"] = {"group": "large", "shape": shape}
+    assert parameter_counts(decode_json(whole))["large"] == math.prod(shape)
+
+
+@pytest.mark.parametrize("extent", [-1, 2**31 + 1])
+def test_an_input_that_cannot_be_is_refused(extent: int):
+    whole = document()
+    whole["stages"][0]["inputs"]["image"]["shape"] = [3, extent]
+    with pytest.raises(Malformed, match=r"stages\[.*shape"):
+        decode_json(whole)
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 2**31 + 1])
+def test_a_stage_of_no_or_endless_rounds_is_refused(rounds: int):
+    whole = document()
+    whole["stages"][0]["rounds"] = rounds
+    with pytest.raises(Malformed, match="rounds"):
+        decode_json(whole)
 
 
 @pytest.mark.parametrize("other", [0, FORMAT + 1, -1])
 def test_another_format_is_refused_and_named(other: int):
-    with pytest.raises(ValueError, match=f"format {other}, this Lamina reads {FORMAT}"):
-        manifest(format=other)
-    with pytest.raises(Malformed, match=f"format {other}, this Lamina reads {FORMAT}"):
+    with pytest.raises(Malformed, match=f"^manifest format {other}, this Lamina reads {FORMAT}$"):
         decode_json(document(format=other))
+
+
+@pytest.mark.parametrize(
+    "newer", [{"format": FORMAT + 1}, {"stages": 7, "format": FORMAT + 1, "shards": ["a"]}]
+)
+def test_a_newer_format_is_named_whatever_else_it_has_changed(newer: dict[str, Any]):
+    with pytest.raises(Malformed, match=f"^manifest format {FORMAT + 1}, this Lamina reads {FORMAT}$"):
+        decode_json(newer)
 
 
 def test_a_manifest_without_stages_is_refused():
@@ -259,6 +440,17 @@ def test_fields_of_a_newer_exporter_are_ignored():
     newer = document(news=[1, {"deep": None}])
     newer["stages"][0]["news"] = newer["files"]["image.0.onnx"]["news"] = 1
     assert decode_json(newer) == manifest()
+
+
+@pytest.mark.parametrize("depth", [2_000, 200_000])
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_a_bottomless_manifest_is_malformed(opening: bytes, depth: int):
+    bottomless = opening * depth + b"1" + (b"]" if opening == b"[" else b"}") * depth
+    whole = msgspec.json.encode(document(builder_options={"a": "here"}, news="here"))
+    for part in (b'"a":"here"', b'"news":"here"'):  # one is read, the other skipped
+        assert whole.count(part) == 1
+        with pytest.raises(Malformed, match=r"^not a manifest: "):
+            decode_manifest(whole.replace(part, part.replace(b'"here"', bottomless)))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import msgspec
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wire.errors import Malformed, PeerError, Refusal, TooLarge
+from wire.errors import MAX_PEER_TEXT, LocalError, Malformed, PeerError, Refusal, TooLarge
 from wire.manifest import BlobRef
 from wire.messages import (
+    MAX_LEARNING_RATE,
     MAX_MESSAGE_BYTES,
     MAX_OFFER_BYTES,
     Announcement,
@@ -28,9 +30,11 @@ from wire.messages import (
     decode,
     encode,
 )
+from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 
 KINDS = get_args(Message)
 KEY = RoundKey(2, 11)
+NAN, INF = math.nan, math.inf
 fuzz = settings(
     derandomize=True, max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -120,6 +124,22 @@ EXAMPLES: list[Message] = [
 ]
 
 
+def example_of(kind: type[Any]) -> dict[str, Any]:
+    return fields_of(next(message for message in EXAMPLES if type(message) is kind))
+
+
+def at(fields: Any, path: tuple[Any, ...]) -> Any:
+    for step in path:
+        fields = fields[step]
+    return fields
+
+
+def put(fields: Any, path: tuple[Any, ...], value: object) -> None:
+    """Replace the value at the end of `path`. Raises `KeyError` or `IndexError` where there is none."""
+    at(fields, path)
+    at(fields, path[:-1])[path[-1]] = value
+
+
 def name_of(value: object) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
@@ -203,19 +223,70 @@ def test_a_field_of_another_type_or_none_at_all_is_refused(message: Message):
         (Offer, ("plan", "batch_size"), 0),
         (Offer, ("plan", "local_epochs"), 0),
         (Offer, ("plan", "learning_rate"), -1e-3),
-        (Offer, ("plan", "learning_rate"), float("nan")),
+        (Offer, ("plan", "learning_rate"), NAN),
         (Offer, ("plan", "seed"), -1),
+        # What follows is of the right type.
+        *((Announcement, ("chunk_bytes",), size) for size in (-1, 0, 20, MIN_CHUNK_BYTES - 1)),
+        *((Announcement, ("chunk_bytes",), size) for size in (MAX_CHUNK_BYTES + 1, 2**64 - 1)),
+        *(
+            (Announcement, ("run",), name)
+            for name in ("", "+", "#", "a/b", ".", "-a", "ä", "a\n", "a" * 65)
+        ),
+        *((Offer, ("cohort", 1), name) for name in ("", "+", "a/b", "..", "a b", "a\n", "a" * 65)),
+        *((Announcement, ("heartbeat_s",), seconds) for seconds in (-1.0, 1.1e9, INF, -INF, NAN)),
+        *((Usage, ("seconds",), seconds) for seconds in (-1e-9, 1.1e9, INF, -INF, NAN)),
+        *((Offer, ("plan", "learning_rate"), rate) for rate in (2 * MAX_LEARNING_RATE, INF, -INF)),
+        *((Offer, ("plan", name), 2**31 + 1) for name in ("batch_size", "local_epochs")),
+        *(
+            (kind, path, count)
+            for kind, path in [
+                (Announcement, ("manifest", "size_bytes")),
+                (Hello, ("num_examples", "image")),
+                (Hello, ("memory_mb",)),
+                (Offer, ("key", "stage")),
+                (Offer, ("frozen", 1, "size_bytes")),
+                (Offer, ("plan", "seed")),
+                (Want, ("blob", "size_bytes")),
+                (Report, ("key", "stage")),
+                (Report, ("key", "round")),
+                (Report, ("update", "size_bytes")),
+                (Report, ("num_examples",)),
+                (Receipt, ("key", "round")),
+                (Usage, ("bytes_sent",)),
+                (Usage, ("bytes_received",)),
+                (Usage, ("peak_rss_bytes",)),
+            ]
+            for count in (-1, 2**63)
+        ),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(kind: type[Any], path: tuple[str, ...], value: object):
-    fields = fields_of(next(message for message in EXAMPLES if type(message) is kind))
-    place = fields
-    for name in path[:-1]:
-        place = place[name]
-    assert path[-1] in place
-    place[path[-1]] = value
+def test_a_value_that_cannot_be_is_refused(kind: type[Any], path: tuple[Any, ...], value: object):
+    fields = example_of(kind)
+    put(fields, path, value)
     with pytest.raises(Malformed, match=path[0]):
         decode(msgspec.msgpack.encode(fields), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        *((Announcement, ("chunk_bytes",), size) for size in (MIN_CHUNK_BYTES, MAX_CHUNK_BYTES)),
+        *((Announcement, ("run",), name) for name in ("a", "0", "a" * 64, "pi-4.b_c")),
+        *((Offer, ("cohort", 1), name) for name in ("a", "0", "a" * 64, "pi-4.b_c")),
+        *((Announcement, ("heartbeat_s",), seconds) for seconds in (0, 1e9)),
+        *((Offer, ("plan", "learning_rate"), rate) for rate in (0, 0.0, 1e-30, MAX_LEARNING_RATE)),
+        *((Offer, ("plan", name), 2**31) for name in ("batch_size", "local_epochs")),
+        *((Offer, ("plan", "seed"), seed) for seed in (0, 2**63 - 1)),
+        *((Report, ("num_examples",), count) for count in (0, 2**63 - 1)),
+        *((Report, ("key", "round"), count) for count in (0, 2**63 - 1)),
+        *((Usage, ("seconds",), seconds) for seconds in (0.0, 1e9)),
+    ],
+)
+def test_a_value_at_its_limit_is_taken(kind: type[Any], path: tuple[Any, ...], value: object):
+    fields = example_of(kind)
+    put(fields, path, value)
+    message = decode(msgspec.msgpack.encode(fields), kind)
+    assert at(fields_of(message), path) == value
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -239,9 +310,40 @@ def test_the_limit_is_for_the_whole_message(message: Message):
         decode(msgspec.msgpack.encode({**full, "news": b"." * (padding + 1)}), type(message))
 
 
+def test_what_no_peer_would_take_is_not_sent():
+    spare = MAX_MESSAGE_BYTES - len(encode(hello(engine="." * 60_000)))
+    assert spare > 0
+    longest = hello(engine="." * (60_000 + spare))
+    assert len(encode(longest)) == MAX_MESSAGE_BYTES
+    assert decode(encode(longest), Hello) == longest
+    too_long = hello(engine="." * (60_000 + spare + 1))
+    with pytest.raises(LocalError, match=f"^Hello of {MAX_MESSAGE_BYTES + 1} bytes is too large"):
+        encode(too_long)
+
+
+def test_an_offer_has_more_room_than_the_others():
+    crowd = tuple(f"{number:064}" for number in range(1100))
+    assert MAX_MESSAGE_BYTES < len(encode(offer(cohort=crowd))) < MAX_OFFER_BYTES
+    with pytest.raises(LocalError, match=r"^Offer of "):
+        encode(offer(cohort=4 * crowd))
+    with pytest.raises(LocalError, match=r"^Report of "):
+        encode(report(groups=crowd))
+
+
 def test_a_cohort_of_a_thousand_long_names_fits():
     large = offer(cohort=tuple(f"{number:064}" for number in range(1000)))
     assert decode(encode(large), Offer) == large
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1a"], ids=["lists", "maps"])
+def test_a_bottomless_message_is_malformed(opening: bytes, kind: type[Any]):
+    bottomless = opening * 15_000 + b"\xc0"
+    whole = msgspec.msgpack.encode(example_of(kind) | {"news": "here"})
+    with pytest.raises(Malformed, match=f"^not a {kind.__name__}: "):
+        decode(whole.replace(b"\xa4here", bottomless), kind)
+    with pytest.raises(Malformed, match=f"^not a {kind.__name__}: "):
+        decode(bottomless, kind)
 
 
 def decodes_or_is_malformed(payload: bytes, kind: type[Any]) -> bool:
@@ -309,6 +411,39 @@ def test_rounds_are_ordered_and_told_from_one():
 
 def test_every_error_of_a_peer_has_a_refusal_to_tell_it():
     assert {error.reason for error in [PeerError, *PeerError.__subclasses__()]} <= set(get_args(Refusal))
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        "a\nb",
+        "\r\x1b[2J\x1b]0;title\x07",
+        "\u2028\u2029\x85",
+        "\u202egnp.exe",
+        "\ud800",
+        "\0" * 50,
+        "x" * 10_000,
+        "\n" * 10_000,
+        "\U0001f600" * 10_000,
+    ],
+    ids=["line", "terminal", "separators", "bidi", "surrogate", "zeros", "long", "lines", "smileys"],
+)
+def test_what_a_peer_is_quoted_with_is_short_and_printable(quoted: str):
+    for error in [PeerError, *PeerError.__subclasses__()]:
+        if error.__module__ == "wire.errors":
+            text = str(error(f"no group is called {quoted}"))
+            assert text.startswith("no group is called ")
+            assert text.isprintable()
+            assert len(text) <= MAX_PEER_TEXT + len("...")
+            assert decode(encode(receipt(refusal="late", detail=text)), Receipt).detail == text
+
+
+def test_a_plain_text_about_a_peer_stays_as_it_is():
+    text = "chunk 3 of „größer“ is damaged"
+    assert str(Malformed(text)) == text
+    assert str(Malformed("x" * MAX_PEER_TEXT)) == "x" * MAX_PEER_TEXT
+    assert str(Malformed("a\nb\tc")) == r"a\nb\tc"
+    assert Malformed("text", "hint").hint == "hint"
 
 
 @pytest.mark.parametrize("refusal", get_args(Refusal))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import save
 from wire.errors import Malformed, ManifestMismatch, NotFinite, PeerError, TooLarge
 from wire.tensors import Arrays, max_bytes, pack, unpack, unpack_file
 
-SHAPES = {"z.weight": (2, 3), "a.bias": (4,), "m.absent": (0, 5), "a.one": (1, 1, 1)}
+SHAPES = {"z.weight": (2, 3), "a.bias": (4,), "m.absent": (0, 5), "a.one": (1, 1, 1), "h.scale": ()}
 ONE = {"a": (2,)}
 fuzz = settings(
     derandomize=True, max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -26,7 +27,7 @@ fuzz = settings(
 
 def arrays_of(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in shapes.items()}
 
 
 def safetensors_of(header: Mapping[str, object] | bytes, data: bytes = b"") -> bytes:
@@ -60,7 +61,7 @@ def test_any_finite_arrays_come_out_as_they_went_in(data: st.DataObject):
     names = data.draw(st.lists(st.text(max_size=40), unique=True, max_size=5))
     arrays = {}
     for name in names:
-        shape = data.draw(npst.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=3))
+        shape = data.draw(npst.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3))
         finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
         arrays[name] = data.draw(npst.arrays(np.float32, shape, elements=finite))
     assert_same_bits(unpack(pack(arrays), {name: array.shape for name, array in arrays.items()}), arrays)
@@ -127,18 +128,22 @@ def test_arrays_without_values_and_no_arrays_at_all():
         unpack(pack({"a": np.zeros((0, 3), np.float32)}), {"a": (3, 0)})
 
 
-def test_a_single_value_without_dimensions_is_read():
+def test_a_single_value_without_dimensions_stays_one():
     content = safetensors_of({"a": entry("F32", [], 4)}, struct.pack("<f", 2.5))
     assert_same_bits(unpack(content, {"a": ()}), {"a": np.array(2.5, np.float32)})
     with pytest.raises(ManifestMismatch):
         unpack(content, {"a": (1,)})
+    for value in (np.array(2.5, np.float32), np.float32(2.5), np.array([[2.5]], np.float32)[0, 0]):
+        assert_same_bits(unpack(pack({"a": value}), {"a": ()}), {"a": np.array(2.5, np.float32)})
+    with pytest.raises(ManifestMismatch, match=r"expected float32\(1,\)"):
+        unpack(pack({"a": np.array(2.5, np.float32)}), {"a": (1,)})
 
 
 @settings(fuzz, max_examples=80)
 @given(
     shapes=st.dictionaries(
         st.text("abc.", max_size=200),
-        st.lists(st.integers(0, 6), min_size=1, max_size=4).map(tuple),
+        st.lists(st.integers(0, 6), max_size=4).map(tuple),
         max_size=9,
     )
 )
@@ -166,8 +171,13 @@ def test_the_limit_follows_the_shapes():
     assert max_bytes({"a": (0,), "b": (0,)}) > max_bytes({"a": (0,)}) > max_bytes({}) > 0
 
 
+def test_the_limit_of_the_largest_shapes_is_exact():
+    for shape in [(2**31, 2**31), (2**31, 2**31, 2**31), (2**31, 2**31, 0)]:
+        assert max_bytes({"a": shape}) - max_bytes({"a": (0,)}) == 4 * math.prod(shape)
+
+
 def test_a_missing_tensor_is_refused():
-    with pytest.raises(ManifestMismatch, match=r"2 tensors are missing, first a\.bias"):
+    with pytest.raises(ManifestMismatch, match=r"3 tensors are missing, first a\.bias"):
         unpack(pack(arrays_of({"m.absent": (0, 5), "a.one": (1, 1, 1)})), SHAPES)
     with pytest.raises(ManifestMismatch, match="missing"):
         unpack(pack({}), ONE)

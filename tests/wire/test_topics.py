@@ -20,6 +20,7 @@ from wire.topics import (
     check_name,
     client_of,
     down,
+    is_name,
     kind_of,
     offer,
     run_of,
@@ -110,12 +111,14 @@ def test_a_name_that_is_no_topic_level_is_refused(name: str):
         check_name(name, "client")
     assert str(caught.value) == f"client {name!r} is not a usable name"
     assert len(str(caught.value).splitlines()) == 1
+    assert not is_name(name)
     assert "64" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["a", "Z", "0", "pi-4", "a.b", "a_b", "2024-07-25.1", "a..", "a" * 64])
 def test_a_usable_name_is_given_back(name: str):
     assert check_name(name, "run") == name
+    assert is_name(name)
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)

@@ -1,0 +1,154 @@
+"""What real devices do: vanish in the middle, come back, lose their broker, lose their aggregator."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import CLIENTS, Aggregator, Programs, Started
+
+from aggregator.events import ClientLeft, RoundClosed, RoundOpened, RunClosed
+from wire.messages import RoundKey
+
+ALL = ("--min-available-clients", "3")
+SLOW = ("--local-epochs", "60")  # some seconds of training
+
+
+def keys(aggregator: Aggregator) -> list[RoundKey]:
+    return [event.key for event in aggregator.all(RoundClosed)]
+
+
+EVERY_ROUND = [RoundKey(0, 0), RoundKey(0, 1), RoundKey(1, 0), RoundKey(1, 1)]
+
+
+@pytest.fixture
+def undisturbed(programs: Programs, broker: Started) -> dict[str, np.ndarray]:
+    """The final parameters of a run in which nothing goes wrong."""
+    aggregator = programs.aggregator(broker.url, "undisturbed", *ALL)
+    clients = programs.clients(broker.url, "undisturbed")
+    aggregator.until_a(RunClosed)
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
+    return aggregator.final()
+
+
+def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert got.keys() == expected.keys()
+    assert all(np.array_equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_client_killed_in_the_middle_of_a_round(programs: Programs, broker: Started) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *SLOW, "--round-deadline-s", "20")
+    clients = programs.clients(broker.url)
+    opened = aggregator.until_a(RoundOpened)
+    assert opened.cohort == CLIENTS
+    time.sleep(1)
+    begin = time.monotonic()
+    clients["bob"].kill()
+
+    closed = aggregator.until_a(RoundClosed)
+    assert time.monotonic() - begin > 15, "the round is open until its deadline, for bob may come back"
+    assert (closed.accepted, closed.missing) == (("ann", "cy"), ("bob",))
+    assert [event.client for event in aggregator.all(ClientLeft)] == ["bob"], "the broker told it at once"
+
+    clients["bob"] = programs.client(broker.url, "bob")
+    closed = aggregator.until_a(RoundClosed)
+    assert closed.accepted == CLIENTS
+    aggregator.until_a(RunClosed)
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
+    assert keys(aggregator) == EVERY_ROUND
+
+
+def test_a_client_that_is_back_before_the_deadline_is_still_counted(
+    programs: Programs, broker: Started, undisturbed: dict[str, np.ndarray]
+) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL)
+    clients = programs.clients(broker.url)
+    for _ in EVERY_ROUND:
+        aggregator.until_a(RoundOpened)
+        clients["cy"].again()
+    aggregator.until_a(RunClosed)
+    assert [event.accepted for event in aggregator.all(RoundClosed)] == [CLIENTS] * 4
+    assert_equal(aggregator.final(), undisturbed)
+
+
+def test_a_broker_that_forgets_everything(
+    programs: Programs, broker: Started, undisturbed: dict[str, np.ndarray]
+) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL)
+    programs.clients(broker.url)
+    aggregator.until_a(RoundOpened)
+    broker.again()
+    aggregator.until_a(RoundOpened, RoundKey(1, 0))
+    broker.again()
+    aggregator.until_a(RunClosed)
+    assert keys(aggregator) == EVERY_ROUND
+    assert_equal(aggregator.final(), undisturbed)
+
+
+@pytest.mark.parametrize("after", [RoundKey(0, 0), RoundKey(0, 1), RoundKey(1, 0)])
+def test_an_aggregator_goes_on_where_it_was_killed(
+    programs: Programs, broker: Started, undisturbed: dict[str, np.ndarray], after: RoundKey
+) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL)
+    clients = programs.clients(broker.url)
+    aggregator.until_a(RoundClosed, after)
+    aggregator.kill()
+    aggregator = programs.aggregator(broker.url, "run", *ALL, "--resume")
+    aggregator.until_a(RunClosed)
+    assert keys(aggregator) == EVERY_ROUND[EVERY_ROUND.index(after) + 1 :]
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
+    assert_equal(aggregator.final(), undisturbed)
+
+
+def test_a_folder_of_another_run_is_not_written_over(
+    programs: Programs, broker: Started, tmp_path: Path
+) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL)
+    programs.clients(broker.url)
+    aggregator.until_a(RoundClosed)
+    aggregator.kill()
+    assert programs.aggregator(broker.url, "run", *ALL).end() == 2
+    assert programs.aggregator(broker.url, "run", "--resume", "--seed", "5").end() == 2
+    last = aggregator.text().splitlines()
+    assert "--resume" in last[-2]
+    assert "other settings" in last[-1]
+    assert not any("Traceback" in line for line in last)
+
+
+def test_too_few_updates_at_the_deadline_and_the_round_is_offered_again(
+    programs: Programs, broker: Started
+) -> None:
+    aggregator = programs.aggregator(
+        broker.url, "run", *ALL, *SLOW, "--min-updates", "3", "--round-deadline-s", "15"
+    )
+    clients = programs.clients(broker.url)
+    aggregator.until_a(RoundOpened)
+    time.sleep(1)
+    clients["ann"].kill()
+    aggregator.until_a(ClientLeft)
+    time.sleep(14)
+    clients["ann"] = programs.client(broker.url, "ann")
+    assert aggregator.until_a(RoundOpened).extended
+    assert aggregator.until_a(RoundClosed, RoundKey(0, 0)).accepted == CLIENTS
+
+
+def test_programs_stop_in_order(programs: Programs, broker: Started) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *SLOW)
+    clients = programs.clients(broker.url)
+    aggregator.until_a(RoundOpened)
+    time.sleep(1)
+    assert clients["ann"].stop() == 130
+    assert aggregator.until_a(ClientLeft).client == "ann"
+    assert aggregator.stop() == 130
+    assert "Traceback" not in clients["ann"].text() + aggregator.text()
+
+
+def test_no_torch_and_no_onnx_in_a_client(programs: Programs, broker: Started) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL)
+    clients = programs.clients(broker.url)
+    aggregator.until_a(RoundClosed)
+    mapped = Path(f"/proc/{clients['ann'].process.pid}/maps").read_text()
+    assert "onnxruntime" in mapped, "it has trained"
+    assert not [line for line in mapped.splitlines() if "/torch/" in line or "/onnx/" in line]

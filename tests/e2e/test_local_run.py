@@ -1,0 +1,221 @@
+"""`lamina run`, as a person types it: three schedules, one seed twice, another broker, a killed client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from programs import CLIENTS, lamina
+from safetensors.numpy import load_file
+
+from lamina.evaluation import AT
+from models.load import load
+
+OPTIONS = {"size": 16, "patch": 4, "width": 64, "heads": 2, "image_blocks": 3, "text_blocks": 2}
+OPTIONS |= {"vocabulary": 60, "length": 8, "embedding": 32}
+MODEL = [word for name, value in OPTIONS.items() for word in ("--option", f"{name}={value}")]
+RUN = (*MODEL, "--rounds", "2", "--batch-size", "8", "--threads", "1")
+
+Run = Callable[..., tuple[dict[str, Any], Path]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
+    """Run once for each set of options: the last line as JSON, and the run's folder."""
+    known: dict[tuple[str, ...], tuple[dict[str, Any], Path]] = {}
+
+    def run(name: str, *options: str) -> tuple[dict[str, Any], Path]:
+        key = (name, *options)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("work")
+            result = lamina(
+                "run", "--json", "--data", str(data), "--dir", str(folder), "--name", name, *RUN, *options
+            )
+            assert result.returncode == 0, result.stderr
+            known[key] = json.loads(result.stdout.splitlines()[-1]), folder / "runs" / name
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_stages"), [("layerwise", 3), ("progressive", 3), ("end_to_end", 1)]
+)
+def test_the_result_of_each_schedule(run: Run, schedule: str, num_stages: int) -> None:
+    result, folder = run(schedule, "--schedule", schedule)
+    assert result["schedule"] == schedule
+    assert result["engine"] == "ort-training"
+    assert result["seed"] == 0
+    assert len(result["stages"]) == num_stages
+    wanted = {f"{name}@{k}" for name in ("recall", "chance", "image_to_text", "text_to_image") for k in AT}
+    for figures in (*result["stages"], result["total"]):
+        assert set(figures["metrics"]) == wanted
+        assert figures["peak_rss_mb_per_client"] > 20
+        assert figures["seconds"] > 0
+        assert figures["bytes_sent_per_client"] > figures["update_bytes_per_client"] > 0
+        assert figures["refusals"] == 0
+    total = result["total"]
+    assert total["metrics"] == result["stages"][-1]["metrics"]
+    for name in ("bytes_sent_per_client", "bytes_received_per_client", "rounds", "updates"):
+        assert total[name] == pytest.approx(sum(stage[name] for stage in result["stages"]), abs=num_stages)
+    assert total["updates"] == 2 * num_stages * len(CLIENTS)
+    assert Path(result["model"]) == folder / "aggregator" / "model"
+
+
+def trained_bytes(folder: Path) -> list[int]:
+    manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
+    sizes = {name: 4 * int(np.prod(one["shape"])) for name, one in manifest["parameters"].items()}
+    groups = {name: one["group"] for name, one in manifest["parameters"].items()}
+    return [
+        sum(sizes[name] for name in sizes if groups[name] in stage["trainable"])
+        for stage in manifest["stages"]
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["layerwise", "progressive", "end_to_end"])
+def test_a_client_sends_the_trained_groups_and_next_to_nothing_else(run: Run, schedule: str) -> None:
+    result, folder = run(schedule, "--schedule", schedule)
+    for stage, size in zip(result["stages"], trained_bytes(folder), strict=True):
+        assert size < stage["bytes_sent_per_client"] / stage["rounds"] < 1.03 * size
+
+
+def test_layerwise_sends_less_than_the_others(run: Run) -> None:
+    sent = {
+        schedule: run(schedule, "--schedule", schedule)[0]["total"]["bytes_sent_per_client"]
+        for schedule in ("layerwise", "progressive")
+    }
+    assert sent["layerwise"] < 0.75 * sent["progressive"]
+
+
+def test_a_frozen_group_never_changes_again(run: Run) -> None:
+    """Every stage's parameters after its last round are kept: what is frozen then is the final model's."""
+    result, folder = run("layerwise", "--schedule", "layerwise")
+    final = load_file(Path(result["model"]) / "model.safetensors")
+    manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
+    kept = [load_file(path) for path in (folder / "aggregator" / "blobs").iterdir()]
+    for stage, after in zip(manifest["stages"], manifest["stages"][1:], strict=False):
+        frozen = set(stage["trainable"]) & set(after["frozen"])
+        names = [name for name, one in manifest["parameters"].items() if one["group"] in frozen]
+        assert names
+        trained = [blob for blob in kept if "head.log_scale" in blob and set(names) <= blob.keys()]
+        assert any(all(np.array_equal(blob[name], final[name]) for name in names) for blob in trained)
+
+
+def test_the_final_model_is_one_in_torch_too(run: Run, data: Path) -> None:
+    result, _ = run("layerwise", "--schedule", "layerwise")
+    model = load(result["model"])
+    assert model.depths == {"image": 3, "text": 2}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        image = torch.randn((4, 3, 16, 16), generator=generator)
+        text = torch.randint(0, 40, (4, 8), generator=generator)
+        loss = model({"image": image, "text": text, "text_mask": torch.ones(4, 8)})
+    assert torch.isfinite(loss)
+    found = lamina("evaluate", result["model"], "--data", str(data / "holdout"), "--json")
+    assert json.loads(found.stdout) == pytest.approx(result["total"]["metrics"], abs=1e-6)
+
+
+def test_one_seed_gives_the_same_bits_and_another_gives_others(run: Run) -> None:
+    finals = [
+        load_file(Path(run(name, "--schedule", "layerwise", *options)[0]["model"]) / "model.safetensors")
+        for name, options in (("layerwise", ()), ("once-more", ()), ("another", ("--seed", "1")))
+    ]
+    first, again, other = finals
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not any(np.array_equal(first[name], other[name]) for name in first if "norm" not in name)
+
+
+def test_a_local_run_starts_a_killed_client_again_and_leaves_nothing_behind(
+    data: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lamina",
+        "run",
+        "--data",
+        str(data),
+        "--dir",
+        str(tmp_path),
+        "--name",
+        "r",
+    ]
+    command += [*RUN, "--local-epochs", "30"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    lines = []
+    for line in running.stderr:
+        lines.append(line)
+        if line.startswith("stage 1 round 1 "):
+            pid = _pids(tmp_path, "--name", "bob")[0]
+            os.kill(pid, signal.SIGKILL)
+        if line.startswith("stage 1 round 2 "):
+            break
+    assert "3 updates" in lines[-1]
+    assert any("bob was killed (SIGKILL), starting it again" in line for line in lines)
+    running.kill()  # the parent; its children find out
+    running.wait()
+    running.stderr.close()
+    deadline = time.monotonic() + 20
+    while _pids(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _pids(tmp_path) == []
+
+
+def _pids(folder: Path, *words: str) -> list[int]:
+    """Processes whose command line has the folder and the words in it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if any(str(folder) in one for one in arguments) and set(words) <= set(arguments):
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[int]:
+    """A real mosquitto; its port."""
+    program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+    if program is None:
+        pytest.skip("mosquitto is not installed; .ci/run installs it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
+    with (tmp_path / "mosquitto.log").open("wb") as log:
+        broker = subprocess.Popen([program, "-c", str(tmp_path / "mosquitto.conf")], stdout=log, stderr=log)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield port
+    broker.terminate()
+    broker.wait()
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_mosquitto_instead_of_the_embedded_broker(run: Run, mosquitto: int, version: int) -> None:
+    """By address only, over MQTT 3.1.1 and 5, and with the same result."""
+    url = f"mqtt://127.0.0.1:{mosquitto}?version={version}"
+    result, _ = run(f"mosquitto-{version}", "--schedule", "layerwise", "--broker", url)
+    embedded, _ = run("layerwise", "--schedule", "layerwise")
+    assert result["total"]["metrics"] == embedded["total"]["metrics"]
+    ours, theirs = (load_file(Path(one["model"]) / "model.safetensors") for one in (result, embedded))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
