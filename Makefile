@@ -1,0 +1,32 @@
+# make demo: the main job on this machine. make test: the tests. Both set up .venv first.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.10 python3,$(shell command -v $(name))))
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/ready
+	$(BIN)/lamina run
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c "$(SUPPORTED)" || { \
+	  echo "Lamina needs Python 3.10 to 3.12: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[all,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) lamina-work dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
