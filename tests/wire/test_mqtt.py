@@ -1,0 +1,238 @@
+"""A connection to a real broker: delivery, wills, refusals, and a broker that comes back empty."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from wire.errors import TransportError, UserError
+from wire.mqtt import MAX_WAITING, Broker, Connection, Packet
+
+PATIENCE_S = 30
+
+
+class Embedded:
+    """`lamina broker` on a fixed port."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address = Broker("127.0.0.1", self.port)
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "lamina", "broker", "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().startswith(b"listening on mqtt://127.0.0.1")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def embedded() -> Iterator[Embedded]:
+    embedded = Embedded()
+    yield embedded
+    embedded.kill()
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+async def next_of(connection: Connection) -> Packet:
+    return await anext(connection.packets())
+
+
+def test_what_is_published_arrives_and_every_byte_is_counted(embedded: Embedded) -> None:
+    payload = bytes(range(256)) * 400
+
+    async def main() -> None:
+        async with Connection(embedded.address, "a") as a, Connection(embedded.address, "b") as b:
+            await b.subscribe("x/+", "y")
+            sent, received = a.bytes_sent, b.bytes_received
+            await a.publish("x/1", payload)
+            assert await next_of(b) == Packet("x/1", payload)
+            assert len(payload) < a.bytes_sent - sent < len(payload) + 20
+            assert len(payload) < b.bytes_received - received < len(payload) + 20
+            await a.publish("z", b"not subscribed")
+            await a.publish("y", b"2")
+            assert await next_of(b) == Packet("y", b"2")
+            b.unsubscribe("y")
+            await a.publish("y", b"3")
+            await a.publish("x/2", b"4")
+            while (packet := await next_of(b)).payload != b"4":
+                assert packet == Packet("y", b"3"), "one that was under way"
+
+    run(main)
+
+
+def test_retained_state_and_its_removal(embedded: Embedded) -> None:
+    async def main() -> None:
+        async with Connection(embedded.address, "a") as a:
+            await a.publish("offer", b"1", retain=True)
+            await a.publish("gone", b"1", retain=True)
+            await a.publish("gone", b"", retain=True)
+        async with Connection(embedded.address, "b") as b:
+            await b.subscribe("gone", "offer")
+            assert await next_of(b) == Packet("offer", b"1")
+
+    run(main)
+
+
+def test_the_broker_says_goodbye_for_who_vanishes_and_only_then(embedded: Embedded) -> None:
+    script = (
+        "import asyncio, os\nfrom wire.mqtt import Broker, Connection\n"
+        "async def main():\n"
+        f"    async with Connection(Broker('127.0.0.1', {embedded.port}), 'dying', ('bye', b'dying')):\n"
+        "        os._exit(1)\n"
+        "asyncio.run(main())"
+    )
+
+    async def main() -> None:
+        async with Connection(embedded.address, "b") as b:
+            await b.subscribe("bye")
+            async with Connection(embedded.address, "orderly", ("bye", b"orderly")):
+                pass
+            child = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
+            assert await child.wait() == 1
+            assert await next_of(b) == Packet("bye", b"dying")
+
+    run(main)
+
+
+def test_a_broker_that_comes_back_empty(embedded: Embedded) -> None:
+    async def main() -> None:
+        async with Connection(embedded.address, "a") as a, Connection(embedded.address, "b") as b:
+            await b.subscribe("x")
+            embedded.kill()
+            waiting = [asyncio.ensure_future(a.publish("x", bytes([i]))) for i in range(20)]
+            await asyncio.sleep(0.3)
+            assert not any(one.done() for one in waiting)
+            renewed = asyncio.ensure_future(b.until_reconnected(PATIENCE_S))
+            subscribed = asyncio.ensure_future(b.subscribe("y"))
+            embedded.start()
+            assert await renewed
+            await subscribed
+            await asyncio.gather(*waiting)  # none is lost on the way to the broker
+            while True:  # though the subscriber may have been back later than some of them
+                await a.publish("y", b"last")
+                packet = await next_of(b)
+                if packet == Packet("y", b"last"):
+                    return
+
+    run(main)
+
+
+def test_a_flood_is_dropped_and_counted(embedded: Embedded) -> None:
+    async def main() -> None:
+        async with Connection(embedded.address, "a") as a, Connection(embedded.address, "b") as b:
+            await b.subscribe("x", "last")
+            await asyncio.gather(*(a.publish("x", b"1") for _ in range(MAX_WAITING + 40)))
+            await asyncio.sleep(0.5)
+            assert b.num_dropped == 40
+            for _ in range(MAX_WAITING):
+                assert (await next_of(b)).topic == "x"
+            await a.publish("last", b"2")
+            assert await next_of(b) == Packet("last", b"2")
+
+    run(main)
+
+
+def test_no_broker_is_one_clear_line() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    async def main() -> None:
+        with pytest.raises(
+            TransportError, match=rf"no broker at mqtt://127.0.0.1:{port}: .*refused"
+        ) as caught:
+            async with Connection(Broker("127.0.0.1", port), "a"):
+                pass
+        assert "lamina broker" in caught.value.hint
+
+    run(main)
+
+
+def test_something_else_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wire.mqtt.CONNECT_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        async def main() -> None:
+            with pytest.raises(TransportError, match="does not answer as an MQTT broker"):
+                async with Connection(Broker("127.0.0.1", server.getsockname()[1]), "a"):
+                    pass
+
+        run(main)
+
+
+def test_a_broker_that_refuses_us() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(100)
+            writer.write(b"\x20\x02\x00\x05")  # CONNACK, not authorised
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+
+        async def main() -> None:
+            refusing = await asyncio.start_server(refuse, sock=server)
+            with pytest.raises(TransportError, match="refuses us: Not authorized"):
+                async with Connection(Broker("127.0.0.1", server.getsockname()[1]), "a"):
+                    pass
+            refusing.close()
+            await refusing.wait_closed()
+
+        run(main)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("mqtt://pi", Broker("pi", 1883)),
+        ("mqtt://pi:5000/", Broker("pi", 5000)),
+        ("mqtts://pi", Broker("pi", 8883, tls=True)),
+        ("mqtt://me:p%40ss@pi", Broker("pi", 1883, username="me", password="p@ss")),
+        ("mqtt://[::1]:5", Broker("::1", 5)),
+        ("mqtt://pi?version=5", Broker("pi", 1883, version=5)),
+    ],
+)
+def test_addresses(url: str, expected: Broker) -> None:
+    assert Broker.parse(url) == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "pi",
+        "pi:1883",
+        "http://pi",
+        "mqtt://",
+        "mqtt://pi:x",
+        "mqtt://pi:99999",
+        "mqtt://pi/topic",
+        "mqtt://pi?version=3",
+    ],
+)
+def test_what_is_not_an_address(url: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Broker.parse(url)
+    assert caught.value.hint
+
+
+def test_no_password_in_a_log() -> None:
+    assert str(Broker.parse("mqtts://me:secret@pi:1")) == "mqtts://pi:1"
