@@ -69,7 +69,7 @@ class Books:
 
     def run(self) -> RunRecord | None:
         """The run that these books are of, if one has begun."""
-        row = self._database.execute("SELECT name, manifest, plan, started_s FROM run").fetchone()
+        row = self._one("SELECT name, manifest, plan, started_s FROM run")
         return RunRecord(*row) if row else None
 
     def begin(self, record: RunRecord) -> None:
@@ -125,16 +125,12 @@ class Books:
 
     def rounds(self) -> dict[RoundKey, BlobRef]:
         """The rounds that are done, in order, and their parameters."""
-        rows = self._database.execute(
-            "SELECT stage, round, parameters, size_bytes FROM rounds ORDER BY stage, round"
-        )
+        rows = self._read("SELECT stage, round, parameters, size_bytes FROM rounds ORDER BY stage, round")
         return {RoundKey(stage, number): BlobRef(sha256, size) for stage, number, sha256, size in rows}
 
     def clients_told(self, key: RoundKey) -> set[str]:
         """Clients whose usage of a round is known."""
-        rows = self._database.execute(
-            "SELECT client FROM usage WHERE stage = ? AND round = ?", (key.stage, key.round)
-        )
+        rows = self._read("SELECT client FROM usage WHERE stage = ? AND round = ?", key.stage, key.round)
         return {client for (client,) in rows}
 
     def figures(self, stages: Iterable[int]) -> Figures:
@@ -154,7 +150,7 @@ class Books:
         (refusals,) = self._one(f"SELECT COUNT(*) FROM refusals WHERE {chosen}")
         return Figures(
             metrics=msgspec.json.decode(metrics, type=dict[str, float]),
-            loss=loss if loss is not None else float("nan"),
+            loss=loss,
             bytes_sent_per_client=round(sent / max(clients, 1)),
             bytes_received_per_client=round(received / max(clients, 1)),
             update_bytes_per_client=round(size / max(senders, 1)),
@@ -166,8 +162,15 @@ class Books:
         )
 
     def _one(self, query: str) -> tuple[Any, ...]:
-        row: tuple[Any, ...] = self._database.execute(query).fetchone() or ()
-        return row
+        return next(iter(self._read(query)), ())
+
+    def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self._path} cannot be read: {error}", "the run cannot go on: start it anew"
+            ) from error
 
     def _write(self, statement: str, *values: object) -> None:
         try:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from aggregator.combine import Update
-from wire.errors import PeerError, Refusal
+from wire.errors import PeerError, Refusal, Silent
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Offer, Report
 from wire.tensors import max_bytes, unpack_file
@@ -54,8 +54,8 @@ class Collection:
             if self._known(client, report):
                 return False
             await self._accept(client, report)
-        except PeerError:
-            if report.key == self.offer.key and client not in self.accepted:
+        except PeerError as error:
+            if self._is_answer(client, report, error):
                 self._refused.add(client)
             raise
         finally:
@@ -86,13 +86,18 @@ class Collection:
     def loss(self) -> float:
         """Mean of the clients' losses, weighted by their examples."""
         weight = sum(report.num_examples for report in self.accepted.values())
-        return sum(report.loss * report.num_examples for report in self.accepted.values()) / weight
+        return sum(report.loss * (report.num_examples / weight) for report in self.accepted.values())
 
     def updates(self) -> Iterator[Update]:
         """What was accepted, sorted by client, read from disk one at a time."""
         for client, report in sorted(self.accepted.items()):
             shapes = self._manifest.shapes_of(report.groups)
             yield Update(client, unpack_file(self._files[client], shapes), report.num_examples)
+
+    def _is_answer(self, client: str, report: Report, error: PeerError) -> bool:
+        """Whether the client, whose report raised `error`, has had its say in this round."""
+        settled = client in self.accepted or client in self._fetching
+        return report.key == self.offer.key and not settled and not isinstance(error, Silent)
 
     def _known(self, client: str, report: Report) -> bool:
         """Whether this very report has been accepted or is being fetched. Raises `Refused`."""
@@ -127,6 +132,7 @@ class Collection:
             raise Refused(
                 "too_large", f"{report.update.size_bytes} bytes, at most {max_bytes(shapes)} expected"
             )
+        self._refused.discard(client)  # its last word is this one
         self._fetching[client] = report.update
         try:
             path = await self._fetch(client, report.update)

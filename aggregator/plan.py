@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from wire.errors import UserError
-from wire.messages import MAX_LEARNING_RATE, RoundKey, TrainPlan
+from wire.messages import MAX_LEARNING_RATE, MAX_SECONDS, RoundKey, TrainPlan
 
 
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,15 +49,15 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "fraction_train": (0 < self.fraction_train <= 1, "more than 0, at most 1"),
             "min_available_clients": (self.min_available_clients >= 1, "at least 1"),
             "min_updates": (self.min_updates >= 1, "at least 1"),
-            "round_deadline_s": (0 < self.round_deadline_s < math.inf, "more than 0 seconds"),
+            "round_deadline_s": (0 < self.round_deadline_s <= MAX_SECONDS, "more than 0 seconds"),
             "rounds": (self.rounds >= 0, "0 or more"),
-            "local_epochs": (self.local_epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "local_epochs": (1 <= self.local_epochs < 2**31, "at least 1"),
+            "batch_size": (1 <= self.batch_size < 2**31, "at least 1"),
             "learning_rate": (0 < self.learning_rate <= MAX_LEARNING_RATE, "more than 0"),
             "final_learning_rate_share": (0 <= self.final_learning_rate_share <= 1, "between 0 and 1"),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
-            "announce_s": (0 < self.announce_s < math.inf, "more than 0 seconds"),
-            "heartbeat_s": (0 < self.heartbeat_s < math.inf, "more than 0 seconds"),
+            "announce_s": (0 < self.announce_s <= MAX_SECONDS, "more than 0 seconds"),
+            "heartbeat_s": (0 < self.heartbeat_s <= MAX_SECONDS, "more than 0 seconds"),
         }
         for name, (fits, allowed) in limits.items():
             if not fits:

@@ -135,6 +135,8 @@ class Run:
         self._told = asyncio.Event()  # a client has told its usage
         self.answers = Tasks()
         self._store = Store(settings.folder / "blobs")
+        self._updates = Store(settings.folder / "updates")  # clients', so apart from what we count on
+        self._updates.clear()
         self._state = State(settings.bundle, manifest, self._store)
         announcement = Announcement(
             run=record.name,
@@ -146,7 +148,7 @@ class Run:
         self.link = Link(
             connection,
             announcement,
-            self._store,
+            self._updates,
             Clients(self._plan.heartbeat_s),
             tell,
             self._take_report,
@@ -179,7 +181,6 @@ class Run:
         await self._collect(collection)
         self._machine.move(Event.CLOSE)
         collection.close()
-        served = self._state.parameters
         values = await asyncio.to_thread(fedavg, self._state.trainable(), collection.updates())
         replaced = self._state.update(values)
         metrics = await self._evaluate(key.stage)
@@ -196,10 +197,10 @@ class Run:
                 seconds,
             )
         )
-        self.link.withdraw_file(served)
-        self._store.remove(replaced)
-        for report in collection.accepted.values():
-            self._store.remove(report.update)
+        if replaced is not None:
+            self.link.withdraw_file(replaced)
+            self._store.remove(replaced)
+        self._updates.clear()
 
     async def _open(self, key: RoundKey) -> Collection:
         available = await self.link.until_available(self._plan.min_available_clients)

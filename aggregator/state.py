@@ -30,7 +30,10 @@ class State:
         self._manifest = manifest
         self._store = store
         everything = {name: parameter.shape for name, parameter in manifest.parameters.items()}
-        self.values: Arrays = unpack_file(bundle / manifest.initial, everything)
+        initial = bundle / manifest.initial
+        if not initial.is_file() or BlobRef.of_file(initial) != manifest.files[manifest.initial]:
+            raise UserError(f"{initial} is missing or damaged", "export the bundle once more")
+        self.values: Arrays = unpack_file(initial, everything)
         self.stage = 0
         self.frozen: tuple[BlobRef, ...] = ()
         self.parameters = self._put(manifest.stages[0].trainable)
@@ -65,11 +68,13 @@ class State:
         """The stage's trainable groups: torch name -> float32."""
         return {name: self.values[name] for name in self._manifest.names_of(self._trainable)}
 
-    def update(self, values: Mapping[str, Array]) -> BlobRef:
-        """Take a round's result into the store. The blob it replaces: remove it after the checkpoint."""
+    def update(self, values: Mapping[str, Array]) -> BlobRef | None:
+        """Take a round's result into the store. The blob it replaces, to be removed after the checkpoint;
+        None where the round has changed nothing.
+        """
         self.values.update(values)
         replaced, self.parameters = self.parameters, self._put(self._trainable)
-        return replaced
+        return replaced if replaced != self.parameters else None
 
     @property
     def _trainable(self) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ Next: `edge_client/session.py`.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import os
 import resource
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wire.errors import UserError
+from wire.lock import locked
 from wire.store import Store
 
 
@@ -46,16 +45,8 @@ class Device:
     @contextmanager
     def opened(self) -> Iterator[Store]:
         """The blobs, while no other process may use the folder. Raises `UserError` if one does."""
-        store = Store(self.folder / "blobs")
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another client uses {self.folder}",
-                    "stop it, or give this one its own --dir and --name",
-                ) from None
-            yield store
+        with locked(self.folder, "stop it, or give this one its own --dir and --name"):
+            yield Store(self.folder / "blobs")
 
 
 def peak_rss_bytes() -> int:

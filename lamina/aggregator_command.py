@@ -5,6 +5,7 @@ Next: `aggregator/run.py`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import click
 
 from lamina.options import broker_option, config_option, pairs, plan_options, run_until_stopped
 from wire.errors import UserError
+from wire.lock import locked
 from wire.mqtt import Broker
 from wire.topics import check_name
 from wire.transfer import CHUNK_BYTES, check_chunk_bytes
@@ -89,15 +91,12 @@ def command(
         evaluate=evaluate,
         resume=resume,
     )
-    books = Books(folder)
-    try:
+    with locked(folder, "stop it, or choose another --dir"), contextlib.closing(Books(folder)) as books:
         if as_json:
             _conduct(address, settings, books, lambda event: click.echo(to_json(event)))
         else:
             with View() as view:
                 _conduct(address, settings, books, view.show)
-    finally:
-        books.close()
 
 
 def _conduct(address: Broker, settings: Any, books: Any, tell: Tell) -> None:

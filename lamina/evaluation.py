@@ -102,7 +102,7 @@ def retrieval(embeddings: Mapping[str, Array], groups: tuple[str, ...] | None = 
 
 
 def _ranks(queries: Array, candidates: Array) -> npt.NDArray[np.int64]:
-    """For each query, how many wrong candidates score at least as high as the right one."""
+    """For each query, how many wrong candidates do not score less than the right one (NaN never does)."""
     scores = queries @ candidates.T
     right = np.diagonal(scores)[:, None]
-    return np.asarray((scores >= right).sum(axis=1) - 1, np.int64)
+    return np.asarray((~(scores < right)).sum(axis=1) - 1, np.int64)

@@ -84,16 +84,22 @@ def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
     return dict(value.split("=", 1) for value in values)
 
 
+def when_told_to_stop(stop: Callable[[], object]) -> None:
+    """Call `stop` in the event loop: on Ctrl-C, on SIGTERM, and when a parent that cares is gone."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    if STOP_WITH_STDIN in os.environ:
+        loop.add_reader(sys.stdin, stop)
+
+
 def run_until_stopped(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`; SIGTERM ends it in order, like Ctrl-C. Raises KeyboardInterrupt then."""
+    """`asyncio.run`, ended in order by `when_told_to_stop`. Raises KeyboardInterrupt then."""
 
     async def stoppable() -> T:
         task = asyncio.current_task()
         assert task is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        if STOP_WITH_STDIN in os.environ:
-            asyncio.get_running_loop().add_reader(sys.stdin, task.cancel)
+        when_told_to_stop(task.cancel)
         return await main
 
     try:

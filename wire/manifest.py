@@ -190,6 +190,11 @@ class Manifest(msgspec.Struct, frozen=True):
         if missing := sorted(set(self._named_parameters()) - self.parameters.keys()):
             raise ValueError(f"{missing[0]!r} is named and not listed among the parameters")
         for stage in self.stages:
+            named = [*stage.trainable, *stage.frozen]
+            if len(set(named)) != len(named):
+                raise ValueError("a stage names a group twice")
+            if stage.engines.keys() != self.stages[0].engines.keys():
+                raise ValueError("a stage has files for other engines than the first")
             for group, source in stage.warm_start.items():
                 if list(self.shapes_of((group,)).values()) != list(self.shapes_of((source,)).values()):
                     raise ValueError(f"{group!r} cannot start from {source!r}, which has other shapes")

@@ -25,11 +25,13 @@ from wire.topics import NAME_PATTERN
 from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 
 MAX_LEARNING_RATE = 1e6
+MAX_SECONDS = 1e9
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
 
 Name = Annotated[str, Meta(pattern=rf"^{NAME_PATTERN}\Z")]
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
+Instant = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class RoundKey(msgspec.Struct, frozen=True, order=True):
@@ -51,7 +53,7 @@ class Announcement(msgspec.Struct, frozen=True, tag=True):
 
     run: Name
     manifest: BlobRef
-    started_s: float
+    started_s: Instant
     heartbeat_s: Seconds
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     open: bool = True
@@ -92,12 +94,12 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
     """
 
     key: RoundKey
-    opened_s: float
+    opened_s: Instant
     cohort: tuple[Name, ...]
     parameters: BlobRef
     frozen: tuple[BlobRef, ...]
     plan: TrainPlan
-    deadline_s: float
+    deadline_s: Seconds
 
 
 class Want(msgspec.Struct, frozen=True, tag=True):

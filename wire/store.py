@@ -18,6 +18,8 @@ from typing import BinaryIO
 from wire.errors import HashMismatch, UserError
 from wire.manifest import BlobRef
 
+_PARTIAL = ".partial"
+
 
 class Store:
     """A folder of blobs, made if need be. Raises `UserError` where it cannot be written."""
@@ -26,7 +28,7 @@ class Store:
         self._folder = folder
         with self._telling():
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("*.partial"):  # of a process that was killed
+            for left in folder.glob(f"*{_PARTIAL}"):  # of a process that was killed
                 left.unlink(missing_ok=True)
 
     def path(self, ref: BlobRef) -> Path:
@@ -54,6 +56,12 @@ class Store:
         """Forget a blob, if it is there."""
         self.path(ref).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget all that nobody receives right now."""
+        for path in self._folder.iterdir():
+            if path.suffix != _PARTIAL:
+                path.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def receive(self, ref: BlobRef) -> Iterator[BinaryIO]:
         """A file to fill with the blob, in any order; it is kept if the block ends well.
@@ -61,7 +69,7 @@ class Store:
         Raises `HashMismatch` where the content is another, `UserError` where the disk does not take it.
         """
         with self._telling():
-            handle, name = tempfile.mkstemp(prefix=ref.sha256[:16], suffix=".partial", dir=self._folder)
+            handle, name = tempfile.mkstemp(prefix=ref.sha256[:16], suffix=_PARTIAL, dir=self._folder)
             partial = Path(name)
             try:
                 with os.fdopen(handle, "w+b") as file:

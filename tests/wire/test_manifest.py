@@ -86,7 +86,14 @@ def manifest(**changes: Any) -> Manifest:
         "classes": (),
         "optimizer": AdamW(weight_decay=0.05),
         "parameters": PARAMETERS,
-        "stages": (stage(), stage(frozen=("text.stem",), classifier=stage().encoders["image"])),
+        "stages": (
+            stage(),
+            stage(
+                trainable=("image.block.0", "head"),
+                frozen=("image.stem", "text.stem"),
+                classifier=stage().encoders["image"],
+            ),
+        ),
         "initial": "initial.safetensors",
         "files": {name: BlobRef.of(name.encode()) for name in FILES},
     }
