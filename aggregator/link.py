@@ -132,7 +132,8 @@ class Link:
             await self._connection.publish(topics.offer(self.run), copy, retain=True)
 
     async def _listen(self) -> None:
-        async for packet in self._connection.packets():
+        while True:
+            packet = await self._connection.packet()
             try:
                 await self._take(packet)
             except PeerError as error:

@@ -22,10 +22,11 @@ from wire.manifest import MAX_MANIFEST_BYTES, BlobRef, Manifest, decode_manifest
 from wire.messages import Announcement, Bye, Hello, Offer, Receipt, Report, Usage, Want, decode, encode
 from wire.mqtt import Broker, Connection, Packet
 from wire.store import Store
-from wire.tasks import end
+from wire.tasks import end, until
 
 REPORT_EVERY_S = 5.0
 GOODBYE_S = 2.0
+LOOK_AROUND_S = 0.5  # for further runs, once one is found
 
 T = TypeVar("T")
 
@@ -36,22 +37,35 @@ async def find_run(broker: Broker, client: str, run: str | None = None) -> Annou
     """The newest open run on the broker, or the one called `run`; waits until there is one."""
     async with Connection(broker, f"lamina-find-{client}") as connection:
         await connection.subscribe(topics.announcement(run or "+"))
-        found: Announcement | None = None
-        packets = connection.packets()
+        runs: dict[str, Announcement] = {}
+        told = False
         while True:
-            # The first one is waited for; others that are there already follow at once.
-            try:
-                packet = await asyncio.wait_for(anext(packets), None if found is None else 0.5)
-            except asyncio.TimeoutError:
-                assert found is not None
-                return found
-            announcement = _decoded(packet, Announcement)
-            if announcement is None or not announcement.open:
-                if found is None:
-                    log.info("no run is open yet, waiting for one")
-                continue
-            if found is None or announcement.started_s > found.started_s:
-                found = announcement
+            now_s = asyncio.get_running_loop().time()
+            packet = await until(now_s + LOOK_AROUND_S, connection.packet())
+            if packet is not None:
+                _note(runs, packet)
+            elif runs:
+                return max(runs.values(), key=lambda announcement: announcement.started_s)
+            elif not told:
+                log.info("no run is open on %s yet, waiting for one", broker)
+                told = True
+
+
+def _note(runs: dict[str, Announcement], packet: Packet) -> None:
+    """Keep `runs` the open ones."""
+    try:
+        announcement = decode(packet.payload, Announcement)
+    except PeerError as error:
+        _ignored(packet, error)
+        return
+    if announcement.open:
+        runs[announcement.run] = announcement
+    else:
+        runs.pop(announcement.run, None)
+
+
+def _ignored(packet: Packet, error: PeerError) -> None:
+    log.warning("ignored a message on %r: %s", packet.topic[:200], error)
 
 
 class Link:
@@ -173,11 +187,12 @@ class Link:
         )
 
     async def _listen(self) -> None:
-        async for packet in self._connection.packets():
+        while True:
+            packet = await self._connection.packet()
             try:
                 await self._take(packet)
             except PeerError as error:
-                log.warning("ignored a message on %s: %s", packet.topic, error)
+                _ignored(packet, error)
 
     async def _take(self, packet: Packet) -> None:
         kind = topics.kind_of(packet.topic)
@@ -197,11 +212,3 @@ class Link:
             self._exchange.want("", decode(packet.payload, Want))
         else:
             self._exchange.chunk(packet.payload)
-
-
-def _decoded(packet: Packet, kind: type[Announcement]) -> Announcement | None:
-    try:
-        return decode(packet.payload, kind)
-    except PeerError as error:
-        log.warning("ignored a message on %s: %s", packet.topic, error)
-        return None

@@ -116,7 +116,6 @@ def _broker_class() -> Any:
             self._cut = cut
 
         async def read(self, n: int = -1) -> Any:
-            await asyncio.sleep(0)  # in turn with the senders: reading ahead of them only fills memory
             if self.patience_s is None:
                 return await super().read(n)
             timer = asyncio.get_running_loop().call_later(self.patience_s, self._cut)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -215,10 +215,9 @@ class Connection:
             finally:
                 self._published.pop(mid, None)
 
-    async def packets(self) -> AsyncIterator[Packet]:
-        """Everything that comes in on the subscriptions, for one reader, for ever."""
-        while True:
-            yield await self._packets.get()
+    async def packet(self) -> Packet:
+        """The next message that comes in on the subscriptions."""
+        return await self._packets.get()
 
     async def until_reconnected(self, timeout_s: float) -> bool:
         """Wait for the next reconnect, at most so long; whether there was one."""

@@ -74,7 +74,7 @@ def device(folder: Path) -> Device:
 def test_a_second_process_is_told_who_is_in_the_way(tmp_path):
     with device(tmp_path).opened(), start(TRY, str(tmp_path)) as second:
         told, _ = second.communicate(timeout=60)
-    assert f"another client uses {tmp_path}; stop it" in told
+    assert f"another process uses {tmp_path}; stop it" in told
     assert "--dir" in told
     with start(TRY, str(tmp_path)) as second:
         assert second.communicate(timeout=60)[0] == "open\n"
@@ -84,7 +84,7 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path):
     with start(HOLD, str(tmp_path)) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "open\n"
-        with pytest.raises(UserError, match="another client uses"), device(tmp_path).opened():
+        with pytest.raises(UserError, match="another process uses"), device(tmp_path).opened():
             pass
         first.kill()
     with device(tmp_path).opened():

@@ -193,6 +193,9 @@ def test_last_words_are_passed_on_before_the_end(port: int, num_messages: int, g
             while b"stay" not in received:
                 received += leaving.recv(1024)
             leaving.sendall(b"".join(publish + disconnect))
+            leaving.shutdown(socket.SHUT_WR)
+            while leaving.recv(1024):
+                pass
         expected = ["last/1"] * num_messages + ([] if goodbye else ["last/will"])
         assert [watcher.receive()[0] for _ in expected] == expected
         watcher.publish("last/2", b"and nothing else")

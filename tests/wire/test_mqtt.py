@@ -51,10 +51,6 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
-async def next_of(connection: Connection) -> Packet:
-    return await anext(connection.packets())
-
-
 def test_what_is_published_arrives_and_every_byte_is_counted(embedded: Embedded) -> None:
     payload = bytes(range(256)) * 400
 
@@ -63,16 +59,16 @@ def test_what_is_published_arrives_and_every_byte_is_counted(embedded: Embedded)
             await b.subscribe("x/+", "y")
             sent, received = a.bytes_sent, b.bytes_received
             await a.publish("x/1", payload)
-            assert await next_of(b) == Packet("x/1", payload)
+            assert await b.packet() == Packet("x/1", payload)
             assert len(payload) < a.bytes_sent - sent < len(payload) + 20
             assert len(payload) < b.bytes_received - received < len(payload) + 20
             await a.publish("z", b"not subscribed")
             await a.publish("y", b"2")
-            assert await next_of(b) == Packet("y", b"2")
+            assert await b.packet() == Packet("y", b"2")
             b.unsubscribe("y")
             await a.publish("y", b"3")
             await a.publish("x/2", b"4")
-            while (packet := await next_of(b)).payload != b"4":
+            while (packet := await b.packet()).payload != b"4":
                 assert packet == Packet("y", b"3"), "one that was under way"
 
     run(main)
@@ -86,7 +82,7 @@ def test_retained_state_and_its_removal(embedded: Embedded) -> None:
             await a.publish("gone", b"", retain=True)
         async with Connection(embedded.address, "b") as b:
             await b.subscribe("gone", "offer")
-            assert await next_of(b) == Packet("offer", b"1")
+            assert await b.packet() == Packet("offer", b"1")
 
     run(main)
 
@@ -107,7 +103,7 @@ def test_the_broker_says_goodbye_for_who_vanishes_and_only_then(embedded: Embedd
                 pass
             child = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
             assert await child.wait() == 1
-            assert await next_of(b) == Packet("bye", b"dying")
+            assert await b.packet() == Packet("bye", b"dying")
 
     run(main)
 
@@ -128,7 +124,7 @@ def test_a_broker_that_comes_back_empty(embedded: Embedded) -> None:
             await asyncio.gather(*waiting)  # none is lost on the way to the broker
             while True:  # though the subscriber may have been back later than some of them
                 await a.publish("y", b"last")
-                packet = await next_of(b)
+                packet = await b.packet()
                 if packet == Packet("y", b"last"):
                     return
 
@@ -143,9 +139,9 @@ def test_a_flood_is_dropped_and_counted(embedded: Embedded) -> None:
             await asyncio.sleep(0.5)
             assert b.num_dropped == 40
             for _ in range(MAX_WAITING):
-                assert (await next_of(b)).topic == "x"
+                assert (await b.packet()).topic == "x"
             await a.publish("last", b"2")
-            assert await next_of(b) == Packet("last", b"2")
+            assert await b.packet() == Packet("last", b"2")
 
     run(main)
 
