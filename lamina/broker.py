@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import signal
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any
 
 import click
 
+from lamina.options import when_told_to_stop
 from wire.errors import UserError
 
 _MAX_QUEUED = 2000
@@ -78,16 +78,14 @@ def _listen(host: str, port: int) -> socket.socket:
 async def _serve(make_broker: Any, listener: socket.socket) -> None:
     """Run until SIGINT or SIGTERM."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    when_told_to_stop(stop.set)
     broker = make_broker(listener)
     await broker.start()
     host, port = listener.getsockname()[:2]
     click.echo(f"listening on mqtt://{f'[{host}]' if ':' in host else host}:{port}")
     await stop.wait()
     logging.disable()  # amqtt reports each message that its end cuts off, with a traceback
-    await asyncio.wait([loop.create_task(broker.shutdown())], timeout=_CLOSE_S)
+    await asyncio.wait([asyncio.ensure_future(broker.shutdown())], timeout=_CLOSE_S)
 
 
 def _broker_class() -> Any:

@@ -73,3 +73,7 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.trunc_normal_(part.weight, std=part.embedding_dim**-0.5)
+    for part in module.modules():
+        if isinstance(part, Block):
+            nn.init.zeros_(part.attention.out.weight)
+            nn.init.zeros_(part.down.weight)
