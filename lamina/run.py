@@ -50,6 +50,7 @@ class LocalRun:
     schedule: str
     model: str
     options: tuple[str, ...]
+    warm_start: str
     engine: str
     threads: int
     broker: str | None
@@ -67,6 +68,13 @@ class LocalRun:
 @click.option("--model", default="tiny", show_default=True, help="A preset, or package.module:builder.")
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=JSON", help="An option of the model's builder."
+)
+@click.option(
+    "--warm-start",
+    type=click.Choice(["copy", "fresh"]),
+    default="fresh",
+    show_default=True,
+    help="Start a new block as a copy of the one below, or fresh.",
 )
 @click.option("--clients", default=4, show_default=True, help="Client processes, for the emoji data.")
 @click.option(
@@ -87,13 +95,14 @@ class LocalRun:
     show_default=True,
 )
 @click.option("--name", help="The run's.  [default: schedule, seed and time]")
-@plan_options(rounds=10, min_available_clients=None, round_deadline_s=120.0)
+@plan_options(rounds=8, min_available_clients=None, round_deadline_s=120.0)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as the last line, in JSON.")
 @config_option
 def command(
     schedule: str,
     model: str,
     options: tuple[str, ...],
+    warm_start: str,
     clients: int,
     data: Path | None,
     broker: str | None,
@@ -126,6 +135,7 @@ def command(
         schedule=schedule,
         model=model,
         options=options,
+        warm_start=warm_start,
         engine=engine,
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
         broker=broker,
@@ -210,7 +220,8 @@ async def _start_broker(processes: Processes) -> str:
 
 
 def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
-    arguments = ["--model", run.model, "--schedule", run.schedule, "--seed", str(run.plan["seed"])]
+    arguments = ["--model", run.model, "--schedule", run.schedule, "--warm-start", run.warm_start]
+    arguments += ["--seed", str(run.plan["seed"])]
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
     return [*arguments, "--out", str(bundle)]

@@ -78,12 +78,12 @@ def image_encoder(
     """A ViT for RGB images of `size` x `size` pixels. Raises `UserError` for sizes that do not divide."""
     if stem not in ("patch", "conv"):
         raise UserError(f"there is no stem {stem!r}", "choose patch or conv")
+    if patch < 1 or size % patch:
+        raise UserError(f"patches of {patch} pixels do not tile an image of {size}", "choose a divisor")
     if stem == "conv" and (patch < 2 or patch & (patch - 1)):
         raise UserError(
             f"a conv stem halves the image, which never gives patches of {patch}", "choose 4 or 8"
         )
-    if patch < 1 or size % patch:
-        raise UserError(f"patches of {patch} pixels do not tile an image of {size}", "choose a divisor")
     if heads < 1 or width % heads:
         raise UserError(f"{heads} heads do not divide a width of {width}", "choose a divisor")
     return Encoder(

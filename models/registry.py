@@ -26,7 +26,10 @@ _IMAGE_TEXT = "models.image_text:image_text"
 _VIT_TINY = {"size": 224, "patch": 16, "width": 192, "heads": 3, "length": 64, "embedding": 192}
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": (_IMAGE_TEXT, {"size": 32, "patch": 4, "width": 128, "heads": 4}),
+    "tiny": (
+        _IMAGE_TEXT,
+        {"size": 32, "patch": 8, "stem": "conv", "width": 128, "heads": 4, "length": 16},
+    ),
     "small": (
         _IMAGE_TEXT,
         {"size": 64, "patch": 8, "width": 192, "heads": 3, "embedding": 192}

@@ -99,7 +99,7 @@ def test_mistakes_are_said_in_one_line(trained, tmp_path):
     with pytest.raises(UserError, match="holds no trained model"):
         load(tmp_path)
     (tmp_path / "model" / WEIGHTS_NAME).write_bytes(b"broken")
-    with pytest.raises(UserError, match="holds no trained model"):
+    with pytest.raises(UserError, match="holds no trained weights"):
         load(tmp_path / "model")
 
 

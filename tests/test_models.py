@@ -180,3 +180,30 @@ def test_what_cannot_be_built_is_said_in_one_line(name, options, says):
     assert says in text
     assert "\n" not in text
     assert caught.value.hint
+
+
+def test_a_block_that_starts_as_the_identity_changes_nothing_and_learns():
+    model = small(image_blocks=3)
+    features = torch.randn((2, 4, 16), generator=torch.Generator().manual_seed(0))
+    first, second, _ = model.image.blocks
+    assert not torch.allclose(first(features), features)
+    assert torch.equal(second(features), features)
+    second(features).pow(2).mean().backward()
+    assert second.down.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_a_conv_stem_has_the_grid_of_the_patches(patch):
+    model = build("models.image_text:image_text", size=16, patch=patch, stem="conv", width=16, heads=2)
+    features = model.image.stem(torch.randn((3, 3, 16, 16)))
+    assert features.shape == (3, (16 // patch) ** 2, 16)
+    assert features.shape[1:] == model.image.source.features.shape
+
+
+@pytest.mark.parametrize(
+    ("stem", "patch", "told"),
+    [("conv", 3, "halves"), ("conv", 1, "halves"), ("conv", 5, "do not tile"), ("x", 4, "no stem")],
+)
+def test_a_stem_that_cannot_be(stem, patch, told):
+    with pytest.raises(UserError, match=told):
+        build("models.image_text:image_text", size=12, patch=patch, stem=stem, width=16, heads=2)
