@@ -72,7 +72,7 @@ class LocalRun:
 @click.option(
     "--warm-start",
     type=click.Choice(["copy", "fresh"]),
-    default="fresh",
+    default="copy",
     show_default=True,
     help="Start a new block as a copy of the one below, or fresh.",
 )

@@ -65,7 +65,7 @@ def initialise(module: nn.Module) -> None:
     """In place: weights keep the variance of their input (LeCun's), biases are zero.
 
     The 0.02 of BERT and ViT fits widths near 768; at 128 it makes the first steps four times too small.
-    All blocks of a list but the first start as the identity, so that attaching one changes nothing at first.
+    All blocks of a list but the first start as the identity: attaching one changes nothing at first.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
