@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from aggregator.events import (
@@ -200,11 +200,14 @@ def as_line(event: Event, board: Board) -> str:
 
 def summary(closed: RunClosed) -> Group:
     """The short table at the end, and where the model lies."""
-    names = [
-        name for name in closed.total.metrics if name.split("@")[0] in ("recall", "chance", "accuracy")
-    ]
+    metrics = closed.total.metrics
+    names = [name for name in metrics if name.split("@")[0] in ("recall", "accuracy")]
+    headers = [name.replace("recall", "R") for name in names]
+    columns = ["", *headers, "loss", "sent", "received", "memory", "rounds", "time"]
     table = Table(
-        "", *names, "loss", "sent", "received", "peak memory", "rounds", "time", title_justify="left"
+        *(Column(name, justify="right" if name else "left", no_wrap=True) for name in columns),
+        box=None,
+        padding=(0, 2, 0, 0),
     )
 
     def add(name: str, one: Figures) -> None:
@@ -215,13 +218,33 @@ def summary(closed: RunClosed) -> Group:
 
     for number, stage in enumerate(closed.stages, 1):
         add(f"stage {number}", stage)
-    table.add_section()
     add("whole run", closed.total)
-    per_client = "Sent, received and peak memory are a client's: the mean of the bytes, the largest memory."
-    refused = f" {closed.total.refusals} updates were refused." if closed.total.refusals else ""
+    if names:
+        table.add_row("chance", *(f"{100 * metrics.get(_chance(name), 0):.1f}%" for name in names))
+    notes = ["Bytes are the mean of the clients, memory is the largest peak of any."]
+    if directions := _directions(metrics):
+        meaning = "R@k is the share of the hold-out whose partner is among the k best matches."
+        notes = [meaning, *directions, *notes]
+    if closed.total.refusals:
+        notes.append(f"{closed.total.refusals} updates were refused.")
     return Group(
-        table, Text(per_client + refused, style="dim"), Text(f"The final model is in {closed.model}")
+        table, *(Text(note, style="dim") for note in notes), Text(f"The final model is in {closed.model}")
     )
+
+
+def _chance(metric: str) -> str:
+    """The name of the metric that tells what guessing would give."""
+    return metric.replace("recall", "chance") if "@" in metric else "chance"
+
+
+def _directions(metrics: dict[str, float]) -> list[str]:
+    """Each direction of retrieval as a line."""
+    found: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        if "_to_" in name:
+            direction, _, k = name.partition("@")
+            found.setdefault(direction.replace("_", " "), []).append(f"R@{k} {100 * value:.1f}%")
+    return [f"{direction}: {', '.join(values)}" for direction, values in found.items()]
 
 
 def _stages(board: Board) -> Table:
@@ -261,7 +284,7 @@ def _clients(board: Board) -> Table:
 def _headline(metrics: dict[str, float], before: str = "") -> str:
     for name in HEADLINES:
         if name in metrics:
-            chance = metrics.get(name.replace("recall", "chance"), metrics.get("chance"))
+            chance = metrics.get(_chance(name))
             told = f" (chance {100 * chance:.1f}%)" if chance is not None else ""
             return f"{before}{name} {100 * metrics[name]:.1f}%{told}"
     return ""

@@ -91,6 +91,16 @@ def test_a_model_that_gives_all_the_same_knows_nothing(count):
         assert got[f"chance@{k}"] == pytest.approx(min(1.0, k / count))
 
 
+def test_what_is_not_a_number_counts_against_the_model():
+    image = np.eye(12, dtype=np.float32)
+    assert retrieval({"image": image, "text": image * np.nan})["recall@10"] == 0.0
+    text = image.copy()
+    text[3] = np.nan
+    got = retrieval({"image": image, "text": text})
+    assert got["image_to_text@1"] == 0.0  # a candidate that scores NaN is never behind
+    assert got["text_to_image@10"] == pytest.approx(11 / 12)
+
+
 def test_a_tie_counts_against_the_model():
     image = np.eye(4, dtype=np.float32)
     text = image.copy()

@@ -189,7 +189,7 @@ def test_the_oldest_news_make_room():
 
 def test_without_a_terminal_a_round_is_a_line():
     lines = drawn(a_run()).split("\n")
-    assert [line for line in lines if line.startswith("stage ")] == [
+    assert [line for line in lines if line.startswith("stage ") and " round " in line] == [
         "stage 1 round 1 of 2: 2 updates, loss 1.500, recall@10 75.4% (chance 50.0%), 12.3 s, without cleo",
         "stage 1 round 2 of 2: 2 updates, loss 1.500, recall@10 75.4% (chance 50.0%), 62.8 s",
         "stage 2 round 1 of 1: 2 updates, loss 1.500, recall@10 75.4% (chance 50.0%), 2.0 s, without bob",
@@ -214,7 +214,7 @@ def test_a_narrow_log_breaks_no_line():
 def test_the_table_at_the_end(terminal):
     text = drawn(a_run(), force_terminal=terminal, color_system=None)
     end = text[text.rindex("\x1b[?25h" if terminal else "without bob") :]
-    for fact in ("stage 1", "stage 2", "whole run", "recall@10", "chance@10", "25.0%", "75.4%", "33.3%"):
+    for fact in ("stage 1", "stage 2", "whole run", "25.0%", "75.4%", "33.3%", "chance", "5.0%", "50.0%"):
         assert fact in end
     for sent, received, memory, time in (
         ("1.25 MB", "3.75 MB", "125 MB", "1:16"),
@@ -222,10 +222,16 @@ def test_the_table_at_the_end(terminal):
         ("7.25 MB", "21.75 MB", "725 MB", "7:21"),
     ):
         assert all(end.count(fact) == 1 for fact in (sent, received, memory, time))
-    assert "image_to_text" not in end
     assert "4 updates were refused" in end
     assert f"The final model is in {MODEL}" in end
     assert text.count("whole run") == 1
+
+
+def test_the_table_fits_a_terminal_of_80():
+    end = drawn(a_run()[-1:], width=80)
+    assert max(len(line.rstrip()) for line in end.split("\n")) <= 80
+    assert "…" not in end
+    assert any(line.split()[:2] == ["whole", "run"] and "7.25 MB" in line for line in end.split("\n"))
 
 
 def test_no_refusals_are_not_told():
@@ -237,7 +243,7 @@ def test_no_refusals_are_not_told():
 
 def test_accuracy_is_told_too():
     text = drawn(a_run(ACCURACY))
-    assert "accuracy 87.6%" in text
+    assert "accuracy 87.6% (chance 40.0%)" in text
     end = text[text.rindex("without bob") :]
     assert all(fact in end for fact in ("accuracy", "87.6%", "chance", "40.0%"))
 
@@ -275,6 +281,11 @@ def test_a_terminal_shows_stages_clients_and_news():
     assert states["ann"][-6:] == ["1.00", "MB", "2.50", "MB", "150", "MB"]
     assert sum(line.startswith("  ") for line in frame) == 4
     assert "  cleo is gone" in frame
+
+
+def test_a_loss_of_zero_is_a_loss():
+    text = drawn(a_run(loss=0.0)[:12], force_terminal=True, color_system=None)
+    assert text.count("0.000") == 3  # the stage's, ann's and bob's
 
 
 @pytest.mark.parametrize("width", [80, 120, 140])
