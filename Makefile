@@ -2,8 +2,10 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.10 python3,$(shell command -v $(name))))
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+# The first that runs and is of a supported version; a name alone may be a shim for nothing.
+PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.10; do \
+  $$name -c "$(SUPPORTED)" 2>/dev/null && echo $$name && break; done)
 
 .PHONY: demo test check clean
 
@@ -20,7 +22,7 @@ check: $(VENV)/ready
 	$(BIN)/lint-imports
 
 $(VENV)/ready: pyproject.toml
-	@$(PYTHON) -c "$(SUPPORTED)" || { \
+	@$(or $(PYTHON),false) -c "$(SUPPORTED)" || { \
 	  echo "Lamina needs Python 3.10 to 3.12: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
