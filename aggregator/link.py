@@ -149,7 +149,7 @@ class Link:
                 self._tell(ClientCame(client, hello))
                 self._changed.set()
         elif kind == "bye":
-            if self._clients.bye(client):
+            if self._clients.bye(client) and self._announcement.open:  # at the end they all go
                 self._tell(ClientLeft(client))
                 self._changed.set()
         elif kind == "want":

@@ -74,21 +74,24 @@ async def conduct(broker: Broker, settings: Settings, books: Books, tell: Tell) 
     Raises `TransportError` where no broker takes us, `UserError` for a folder that holds another run.
     """
     manifest, content = read_manifest(settings.bundle)
-    record = _record(settings, BlobRef.of(content), books)
-    async with Connection(broker, f"lamina-{record.name}") as connection:
+    async with Connection(broker, f"lamina-{settings.name}") as connection:
+        record = _record(settings, BlobRef.of(content), books)
         run = Run(settings, record, manifest, content, books, connection, tell)
         return await beside(run.stages(), run.link.pump(settings.plan.announce_s), run.answers.watch())
 
 
 def read_manifest(bundle: Path) -> tuple[Manifest, bytes]:
-    """A bundle's manifest and its bytes. Raises `UserError` where there is none, `Malformed`."""
+    """A bundle's manifest and its bytes. Raises `UserError` where there is none that can be read."""
     try:
         content = (bundle / MANIFEST_NAME).read_bytes()
     except OSError as error:
         raise UserError(
             f"{bundle} holds no bundle: {error.strerror}", "make one with `lamina export`"
         ) from error
-    return decode_manifest(content), content
+    try:
+        return decode_manifest(content), content
+    except PeerError as error:
+        raise UserError(f"{bundle / MANIFEST_NAME}: {error}", "export the bundle once more") from error
 
 
 def _record(settings: Settings, manifest: BlobRef, books: Books) -> RunRecord:

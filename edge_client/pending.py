@@ -9,11 +9,11 @@ Next: `edge_client/session.py`.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
 
+from wire.errors import UserError
 from wire.manifest import BlobRef
 from wire.messages import Offer, Report
 
@@ -39,10 +39,13 @@ def load(path: Path) -> Pending | None:
 
 
 def save(path: Path, pending: Pending) -> None:
-    """Replace what was saved before, as a whole."""
-    handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(msgspec.msgpack.encode(pending))
-        file.flush()
-        os.fsync(file.fileno())
-    Path(name).replace(path)
+    """Replace what was saved before, as a whole. Raises `UserError` where the disk does not take it."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(msgspec.msgpack.encode(pending))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", "free some space") from error

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.options import broker_option, config_option, pairs, plan_options, run_until_stopped
+from lamina.options import (
+    broker_option,
+    column_option,
+    config_option,
+    pairs,
+    plan_options,
+    run_until_stopped,
+)
 from wire.errors import UserError
 from wire.lock import locked
 from wire.mqtt import Broker
@@ -26,9 +33,15 @@ if TYPE_CHECKING:
     from wire.manifest import Manifest
 
 
-@click.command("aggregator")
+@click.command("aggregator", short_help="Conduct a run.")
 @broker_option(required=True)
-@click.option("--bundle", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    default=Path("bundle"),
+    show_default=True,
+    help="The folder that `lamina export` has written.",
+)
 @click.option("--name", default="lamina", show_default=True, help="The run's, unique on the broker.")
 @click.option(
     "--dir",
@@ -42,14 +55,12 @@ if TYPE_CHECKING:
 @click.option(
     "--holdout", type=click.Path(path_type=Path), help="A folder of examples to evaluate every round on."
 )
-@click.option(
-    "--column", "columns", multiple=True, metavar="NAME=COLUMN", help="What its table calls a modality."
-)
+@column_option
 @click.option(
     "--chunk-bytes",
     default=CHUNK_BYTES,
     show_default=True,
-    help="Of a packet; the broker must take as many.",
+    help="Size of a packet; the broker must take as many.",
 )
 @plan_options()
 @click.option("--json", "as_json", is_flag=True, help="Print events as lines of JSON.")

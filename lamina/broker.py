@@ -35,7 +35,7 @@ _CLOSE_S = 2
 """How long a peer may take to read the rest before its connection is cut."""
 
 
-@click.command("broker")
+@click.command("broker", short_help="A small MQTT broker.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all."
 )

@@ -19,7 +19,8 @@ import difflib
 import importlib
 import logging
 import sys
-from typing import NoReturn
+import traceback
+from typing import Any, NoReturn
 
 import click
 
@@ -66,19 +67,40 @@ def command() -> None:
     """Layer-wise federated multimodal learning on real devices, over MQTT."""
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    """Logs to whatever standard error is now: a live view puts itself in its place."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _value: Any) -> None:
+        pass
+
+
 def main() -> NoReturn:
     """Run the command and exit."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    handler = _Stderr()
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, handlers=[handler]
+    )
     for room in ROOMS:
         logging.getLogger(room).setLevel(logging.INFO)
     try:
         command(prog_name="lamina", standalone_mode=False)
     except LaminaError as error:
         _end(f"{error} - {error.hint}" if error.hint else str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _end(" ".join(error.format_message().split()), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+    except Exception:  # noqa: BLE001 - the last one to see it: a defect of ours, told in full
+        traceback.print_exc()
+        sys.exit(70)
     sys.exit(0)
 
 

@@ -13,26 +13,36 @@ from pathlib import Path
 import click
 import platformdirs
 
-from lamina.options import broker_option, config_option, pairs, run_until_stopped
+from lamina.options import (
+    broker_option,
+    column_option,
+    config_option,
+    engine_option,
+    pairs,
+    run_until_stopped,
+)
 from wire.mqtt import Broker
 from wire.topics import check_name
 
 
-@click.command("client")
+@click.command("client", short_help="Train on this device's data.")
 @broker_option(required=True)
 @click.option(
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="The folder of examples: table.csv and its files.",
+    help="The folder of examples: table.csv or .parquet, and its files.",
 )
 @click.option("--name", help="Unique in the run.  [default: the host's name]")
 @click.option("--run", help="The run to join.  [default: the newest open one]")
-@click.option("--engine", default="auto", show_default=True, help="What runs a train step.")
-@click.option("--threads", default=0, help="Of a train step.  [default: all cores]")
+@engine_option
 @click.option(
-    "--column", "columns", multiple=True, metavar="NAME=COLUMN", help="What your table calls a modality."
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Threads of a train step.  [default: all cores]",
 )
+@column_option
 @click.option(
     "--dir",
     "folder",

@@ -12,16 +12,14 @@ from pathlib import Path
 
 import click
 
-from lamina.options import pairs
+from lamina.options import column_option, pairs
 from wire.errors import UserError
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Metrics of a final model.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="The folder of examples.")
-@click.option(
-    "--column", "columns", multiple=True, metavar="NAME=COLUMN", help="What its table calls a modality."
-)
+@column_option
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 def command(model: Path, data: Path, columns: tuple[str, ...], as_json: bool) -> None:
     """Metrics of the model in the folder MODEL, as a run leaves it."""
@@ -30,6 +28,11 @@ def command(model: Path, data: Path, columns: tuple[str, ...], as_json: bool) ->
     from models.saved import read_saved
 
     saved = read_saved(model)
+    names = [f"{name}.onnx" for name in saved.modalities]
+    names += [str(m.options["tokenizer"]) for m in saved.modalities.values() if "tokenizer" in m.options]
+    for name in names:
+        if not (model / name).is_file():
+            raise UserError(f"{model / name} is missing", "name the folder of a final model")
     with tempfile.TemporaryDirectory(prefix="lamina-") as cache:
         dataset = Dataset.open(
             data,
@@ -40,10 +43,7 @@ def command(model: Path, data: Path, columns: tuple[str, ...], as_json: bool) ->
             cache=Path(cache),
             columns=pairs(columns, "--column"),
         )
-        try:
-            found = evaluate_model(model, saved, dataset, os.cpu_count() or 1)
-        except OSError as error:
-            raise UserError(f"{model} is not whole: {error}", "name the folder of a final model") from error
+        found = evaluate_model(model, saved, dataset, os.cpu_count() or 1)
     if as_json:
         click.echo(json.dumps(found))
         return

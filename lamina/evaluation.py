@@ -25,6 +25,7 @@ from wire.tensors import Array
 
 AT = (1, 5, 10)
 BATCH = 64
+_ROUNDING = 1e-6  # equal embeddings have scores that differ by so much at most
 
 Parameters = Mapping[str, Array]
 Encode = Callable[[Mapping[str, npt.NDArray[Any]]], Array]
@@ -105,4 +106,4 @@ def _ranks(queries: Array, candidates: Array) -> npt.NDArray[np.int64]:
     """For each query, how many wrong candidates do not score less than the right one (NaN never does)."""
     scores = queries @ candidates.T
     right = np.diagonal(scores)[:, None]
-    return np.asarray((~(scores < right)).sum(axis=1) - 1, np.int64)
+    return np.asarray((~(scores < right - _ROUNDING)).sum(axis=1) - 1, np.int64)

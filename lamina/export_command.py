@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from lamina.options import config_option, pairs
+from lamina.options import column_option, config_option, pairs
 from wire.errors import UserError
 
 
-@click.command("export")
+@click.command("export", short_help="Write the training artifacts of every stage.")
 @click.option("--model", default="tiny", show_default=True, help="A preset, or package.module:builder.")
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=JSON", help="An option of the model's builder."
@@ -45,20 +45,28 @@ from wire.errors import UserError
     type=click.Path(path_type=Path),
     help="A folder of examples for the tokenizer and the classes; its texts must be public.",
 )
+@column_option
+@click.option("--beta1", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of AdamW.")
+@click.option("--beta2", type=click.FloatRange(0, 1), default=0.999, show_default=True, help="Of AdamW.")
+@click.option("--eps", type=click.FloatRange(0), default=1e-8, show_default=True, help="Of AdamW.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.01, show_default=True, help="Of AdamW.")
 @click.option(
-    "--column", "columns", multiple=True, metavar="NAME=COLUMN", help="What its table calls a modality."
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Of the initial parameters.",
 )
-@click.option("--beta1", default=0.9, show_default=True, help="AdamW's.")
-@click.option("--beta2", default=0.999, show_default=True, help="AdamW's.")
-@click.option("--eps", default=1e-8, show_default=True, help="AdamW's.")
-@click.option("--weight-decay", default=0.01, show_default=True, help="AdamW's.")
-@click.option("--seed", default=0, show_default=True, help="Of the initial parameters.")
 @click.option(
     "--check/--no-check", default=True, show_default=True, help="Compare every artifact with torch."
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("bundle"), show_default=True
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("bundle"),
+    show_default=True,
+    help="The folder to write.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @config_option
@@ -82,6 +90,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the training artifacts of every stage, checked against torch."""
+    texts, classes = _examples(data, pairs(columns, "--column"))
+    each = _rounds(rounds)
+    builder_options = _options(options)
+    if builder_options.get("task") == "classification":
+        builder_options.setdefault("classes", len(classes))
     try:
         import torch
 
@@ -93,10 +106,6 @@ def command(
         raise UserError(f"exporting needs {error.name}", 'pip install "lamina[export]"') from error
     from wire.manifest import AdamW, parameter_counts
 
-    texts, classes = _examples(data, pairs(columns, "--column"))
-    builder_options = _options(options)
-    if builder_options.get("task") == "classification":
-        builder_options.setdefault("classes", len(classes))
     torch.manual_seed(seed)
     built = build(model, **builder_options)
     extra = (
@@ -104,7 +113,7 @@ def command(
     )
     exported = export_bundle(
         built,
-        SCHEDULES[schedule](built.depths, _rounds(rounds), **extra),
+        SCHEDULES[schedule](built.depths, each, **extra),
         out,
         texts=texts,
         classes=classes if built.task == "classification" else (),
@@ -141,6 +150,11 @@ def _examples(folders: Iterable[Path], columns: dict[str, str]) -> tuple[list[st
     labels: set[str] = set()
     for folder in folders:
         table = read_table(folder, set(names.values()))
+        for name, column in columns.items():
+            if name in names and column not in table.columns:
+                raise UserError(
+                    f"{table.path} has no column {column!r}", f"it has {', '.join(table.header)}"
+                )
         texts += table.columns.get(names["text"], [])
         labels |= {cell for cell in table.columns.get(names["label"], []) if cell}
     return texts, sorted(labels)

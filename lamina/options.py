@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,30 @@ def broker_option(**settings: Any) -> Callable[[F], F]:
         help="mqtt://[user:password@]host[:port], or mqtts:// for TLS.",
         **settings,
     )
+
+
+def engine_option(function: F) -> F:
+    """`--engine`, what runs a client's train steps."""
+    from edge_client.engines import AUTO, ENGINES
+
+    return click.option(
+        "--engine",
+        type=click.Choice([AUTO, *ENGINES]),
+        default=AUTO,
+        show_default=True,
+        help="What runs a client's train steps.",
+    )(function)
+
+
+def column_option(function: F) -> F:
+    """`--column`, for a table that calls the modalities otherwise; collect them with `pairs`."""
+    return click.option(
+        "--column",
+        "columns",
+        multiple=True,
+        metavar="NAME=COLUMN",
+        help="What the table calls a modality, label or group.",
+    )(function)
 
 
 def config_option(function: F) -> F:
@@ -115,18 +139,31 @@ def _read_config(context: click.Context, _option: click.Parameter, path: Path | 
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}", "write a TOML file of options") from error
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    known = {option.name for option in context.command.params}
-    if unknown := sorted(values.keys() - known):
-        raise UserError(
-            f"{path}: there is no option {unknown[0]!r}", f"see lamina {context.info_name} --help"
-        )
-    context.default_map = {**(context.default_map or {}), **_plain(values)}
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A table such as `[column]` as the `name=value` pairs that the option takes."""
-    return {
-        name: tuple(f"{key}={one}" for key, one in value.items()) if isinstance(value, dict) else value
-        for name, value in values.items()
+    options = {
+        word.lstrip("-").replace("-", "_"): option
+        for option in context.command.params
+        for word in option.opts
+        if option.expose_value
     }
+    defaults: dict[str, Any] = {}
+    for name, value in values.items():
+        option = options.get(name.replace("-", "_"))
+        if option is None or option.name is None:
+            raise UserError(
+                f"{path}: there is no option {name!r}", f"see lamina {context.info_name} --help"
+            )
+        defaults[option.name] = _plain(path, name, value, multiple=option.multiple)
+    context.default_map = {**(context.default_map or {}), **defaults}
+
+
+def _plain(path: Path, name: str, value: Any, *, multiple: bool) -> Any:
+    """What a person would have typed; a table such as `[column]` as `name=value` pairs."""
+    if multiple and isinstance(value, dict):
+        return tuple(f"{key}={one}" for key, one in value.items())
+    if multiple and isinstance(value, list):
+        return tuple(str(one) for one in value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str | int | float):
+        return (str(value),) if multiple else str(value)
+    raise UserError(f"{path}: {name} cannot be {value!r}", "write a number, a text, or true or false")

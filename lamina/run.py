@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.options import broker_option, config_option, plan_options, run_until_stopped
+from lamina.options import (
+    broker_option,
+    column_option,
+    config_option,
+    engine_option,
+    pairs,
+    plan_options,
+    run_until_stopped,
+)
 from wire.errors import LaminaError, UserError
 from wire.mqtt import Broker
 from wire.tasks import beside
@@ -51,13 +59,14 @@ class LocalRun:
     model: str
     options: tuple[str, ...]
     warm_start: str
+    columns: tuple[str, ...]
     engine: str
     threads: int
     broker: str | None
     plan: dict[str, Any]
 
 
-@click.command("run")
+@click.command("run", short_help="All of it on this machine: data, export, broker, aggregator, clients.")
 @click.option(
     "--schedule",
     type=click.Choice(SCHEDULES),
@@ -76,16 +85,26 @@ class LocalRun:
     show_default=True,
     help="Start a new block as a copy of the one below, or fresh.",
 )
-@click.option("--clients", default=4, show_default=True, help="Client processes, for the emoji data.")
+@click.option(
+    "--clients",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Client processes, for the emoji data.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
     help="A folder with clients/<name>/ and, for metrics, holdout/.  [default: emoji, downloaded]",
 )
 @broker_option()
-@click.option("--engine", default="auto", show_default=True, help="What runs the clients' train steps.")
+@column_option
+@engine_option
 @click.option(
-    "--threads", default=0, help="Of each client's train step.  [default: its share of the cores]"
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Threads of each client's train step.  [default: its share of the cores]",
 )
 @click.option(
     "--dir",
@@ -93,6 +112,7 @@ class LocalRun:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("lamina-work"),
     show_default=True,
+    help="Where data, runs and models are kept.",
 )
 @click.option("--name", help="The run's.  [default: schedule, seed and time]")
 @plan_options(rounds=8, min_available_clients=None, round_deadline_s=120.0)
@@ -106,6 +126,7 @@ def command(
     clients: int,
     data: Path | None,
     broker: str | None,
+    columns: tuple[str, ...],
     engine: str,
     threads: int,
     folder: Path,
@@ -118,8 +139,12 @@ def command(
         from lamina.view import View
     except ImportError as error:
         raise UserError(f"a local run needs {error.name}", 'pip install "lamina[all]"') from error
+    from aggregator.plan import RunPlan
+
     if broker is not None:
         Broker.parse(broker)
+    pairs(columns, "--column")
+    RunPlan(**{key: value for key, value in plan.items() if value is not None})
     name = check_name(
         name or f"{schedule}-s{plan['seed']}-{time.strftime('%Y%m%d-%H%M%S')}", "the run's name"
     )
@@ -136,6 +161,7 @@ def command(
         model=model,
         options=options,
         warm_start=warm_start,
+        columns=columns,
         engine=engine,
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
         broker=broker,
@@ -167,7 +193,7 @@ async def conduct(run: LocalRun, view: View) -> RunClosed:
         bundle = run.folder / "bundle"
         await processes.run("export", "export", *_export_arguments(run, bundle))
         url = run.broker or await _start_broker(processes)
-        view.status(f"starting {len(run.clients)} clients on {url}")
+        view.status(f"starting the clients on {url}")
         return await beside(
             _aggregate(run, processes, url, bundle, view), _keep_clients(run, processes, url, view)
         )
@@ -224,12 +250,12 @@ def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     arguments += ["--seed", str(run.plan["seed"])]
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
-    return [*arguments, "--out", str(bundle)]
+    return [*arguments, *_columns(run), "--out", str(bundle)]
 
 
 def _aggregator_arguments(run: LocalRun, url: str, bundle: Path) -> list[str]:
     arguments = ["--broker", url, "--bundle", str(bundle), "--name", run.name]
-    arguments += ["--dir", str(run.folder / "aggregator"), "--json"]
+    arguments += ["--dir", str(run.folder / "aggregator"), "--json", *_columns(run)]
     if (run.data / "holdout").is_dir():
         arguments += ["--holdout", str(run.data / "holdout")]
     return arguments + [
@@ -240,7 +266,11 @@ def _aggregator_arguments(run: LocalRun, url: str, bundle: Path) -> list[str]:
 def _client_arguments(run: LocalRun, url: str, client: str) -> list[str]:
     arguments = ["--broker", url, "--data", str(run.data / "clients" / client), "--name", client]
     arguments += ["--run", run.name, "--dir", str(run.folder / "clients" / client)]
-    return [*arguments, "--engine", run.engine, "--threads", str(run.threads)]
+    return [*arguments, *_columns(run), "--engine", run.engine, "--threads", str(run.threads)]
+
+
+def _columns(run: LocalRun) -> list[str]:
+    return [word for column in run.columns for word in ("--column", column)]
 
 
 def _clients(data: Path) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class Board:
                     StageRow(rounds, parameters)
                     for rounds, parameters in zip(event.rounds, event.parameters, strict=True)
                 ]
-                self.status = f"waiting for {event.min_available_clients} clients"
+                self.status = f"waiting for {_count(event.min_available_clients, 'client')}"
                 if event.resumed is not None:
                     for stage in self.stages[: event.resumed.stage]:
                         stage.done = stage.rounds
@@ -100,7 +100,9 @@ class Board:
             case RoundOpened():
                 self.status = str(event.key)
                 for client in event.cohort:
-                    self.clients.setdefault(client, ClientRow()).state = "training"
+                    row = self.clients.setdefault(client, ClientRow())
+                    if not (event.extended and row.state == "done"):
+                        row.state = "training"
                 if event.extended:
                     self.news.append(f"{event.key} is offered again: too few updates at the deadline")
             case UpdateAccepted():
@@ -114,6 +116,9 @@ class Board:
                 stage = self.stages[event.key.stage]
                 stage.done, stage.loss, stage.metrics = event.key.round + 1, event.loss, event.metrics
                 stage.seconds += event.seconds
+                for client in event.missing:
+                    row = self.clients.setdefault(client, ClientRow())
+                    row.state = "missing" if row.state == "training" else row.state
                 if event.missing:
                     self.news.append(f"{event.key} ended without {', '.join(event.missing)}")
             case UsageTold():
@@ -129,7 +134,8 @@ class View:
     """Draws a `Board` within `with`; `show` takes one event more."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        # What peers send is shown as it is, never read as markup.
+        self._console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
         self._board = Board()
         self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._draw)
 
@@ -146,13 +152,13 @@ class View:
         """What happens before the run begins."""
         self._board.status = text
         if not self._console.is_terminal:
-            self._console.print(text)
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Something that a person should know."""
         self._board.news.append(text)
         if not self._console.is_terminal:
-            self._console.print(text)
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, event: Event) -> None:
         """Take an event and draw."""
@@ -161,7 +167,7 @@ class View:
             self.__exit__()
             self._console.print(summary(event))
         elif not self._console.is_terminal and (line := as_line(event, self._board)):
-            self._console.print(line, soft_wrap=True)
+            self._console.print(line, markup=False, soft_wrap=True)
 
     def _draw(self) -> Group:
         board = self._board
@@ -171,18 +177,19 @@ class View:
         parts: list[RenderableType] = [
             title,
             *([_stages(board)] if board.stages else []),
+            *(Text(f"  {line}", style="yellow") for line in board.news),
             *([_clients(board)] if board.clients else []),
         ]
-        return Group(*parts, *(Text(f"  {line}", style="yellow") for line in board.news))
+        return Group(*parts)
 
 
 def as_line(event: Event, board: Board) -> str:
     """An event as a line of a log; empty for those that are too small."""
     match event:
         case RoundClosed():
-            stage = board.stages[event.key.stage]
+            stage, updates = board.stages[event.key.stage], _count(len(event.accepted), "update")
             return (
-                f"{event.key} of {stage.rounds}: {len(event.accepted)} updates, loss {event.loss:.3f}"
+                f"{event.key} of {stage.rounds}: {updates}, loss {event.loss:.3f}"
                 f"{_headline(event.metrics, ', ')}, {event.seconds:.1f} s"
                 + (f", without {', '.join(event.missing)}" if event.missing else "")
             )
@@ -258,20 +265,20 @@ def _stages(board: Board) -> Table:
             f"{stage.done}/{stage.rounds}",
             ProgressBar(total=stage.rounds, completed=stage.done, width=20),
             "" if stage.loss is None else f"{stage.loss:.3f}",
-            _headline(stage.metrics),
+            _headline(stage.metrics).partition(" (")[0],
             _time(stage.seconds) if stage.done else "",
         )
     return table
 
 
 def _clients(board: Board) -> Table:
-    names = ("client", "engine", "examples", "state", "loss", "sent", "received", "peak memory")
-    table = Table(*names, box=None, padding=(0, 2, 0, 0))
+    words = [Column(name) for name in ("client", "engine", "state")]
+    numbers = [Column(name, justify="right") for name in ("loss", "sent", "received", "memory")]
+    table = Table(*words, *numbers, box=None, padding=(0, 2, 0, 0))
     for name, row in sorted(board.clients.items()):
         table.add_row(
             name,
-            row.engine,
-            str(row.examples),
+            Text(row.engine),
             Text(row.state, style={"done": "green", "training": "cyan", "here": ""}.get(row.state, "red")),
             "" if row.loss is None else f"{row.loss:.3f}",
             _size(row.bytes_sent),
@@ -288,6 +295,10 @@ def _headline(metrics: dict[str, float], before: str = "") -> str:
             told = f" (chance {100 * chance:.1f}%)" if chance is not None else ""
             return f"{before}{name} {100 * metrics[name]:.1f}%{told}"
     return ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(count: int) -> str:

@@ -66,9 +66,9 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """
 
     num_examples: dict[str, Count]
-    engine: str
+    engine: Name
     memory_mb: Count
-    version: str
+    version: Annotated[str, Meta(max_length=64)]
 
 
 class Bye(msgspec.Struct, frozen=True, tag=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,17 +49,23 @@ class Broker:
     @classmethod
     def parse(cls, url: str) -> Broker:
         """`mqtt://[user:password@]host[:port][?version=5]`, or `mqtts://` for TLS. Raises `UserError`."""
+        shown = repr(re.sub(r"//.*@", "//", url))  # no password in a message
         hint = "write it as mqtt://host:1883, or mqtts://host:8883 for TLS"
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as error:
-            raise UserError(f"{url!r} is not a broker's address: {error}", hint) from error
+            raise UserError(f"{shown} is not a broker's address", hint) from error
         version = parse_qs(parts.query).get("version", ["4"])[-1]
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-            raise UserError(f"{url!r} is not a broker's address", hint)
+        if (
+            parts.scheme not in ("mqtt", "mqtts")
+            or not parts.hostname
+            or parts.path not in ("", "/")
+            or port == 0
+        ):
+            raise UserError(f"{shown} is not a broker's address", hint)
         if version not in ("4", "5"):
-            raise UserError(f"{url!r} asks for MQTT version {version}", "4 is MQTT 3.1.1, 5 is MQTT 5")
+            raise UserError(f"{shown} asks for MQTT version {version}", "4 is MQTT 3.1.1, 5 is MQTT 5")
         return cls(
             host=parts.hostname,
             port=port or (8883 if parts.scheme == "mqtts" else 1883),

@@ -59,12 +59,16 @@ def session_options(threads: int) -> Any:
 def open_graph(path: Path, graph: Graph, threads: int = 1) -> Run:
     """An inference graph of the bundle as a function of (inputs by name, parameters by torch name).
 
-    Both may hold more than the graph needs. The result: output name -> array [B, ...]. Parameters are
-    read in place at every call, none is copied or kept.
+    Raises `UserError` for a file that is not a graph. Both may hold more than the graph needs. The result:
+    output name -> array [B, ...]. Parameters are read in place at every call, none is copied or kept.
     """
-    session = onnxruntime().InferenceSession(
-        str(path), session_options(threads), providers=["CPUExecutionProvider"]
-    )
+    try:
+        session = onnxruntime().InferenceSession(
+            str(path), session_options(threads), providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # the runtime's errors share no class below this one
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be loaded: {reason}", "write or fetch it once more") from error
 
     def run(inputs: Inputs, parameters: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(inputs[name]) for name in graph.inputs}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lamina.data.registry import Progress
 
 
-@click.group("data")
+@click.group("data", short_help="Prepare data sets.")
 def command() -> None:
     """Prepare data sets: folders of examples, one a client, and a hold-out."""
 
@@ -34,7 +34,9 @@ def prepare() -> None:
 
 
 @prepare.command()
-@click.option("--clients", default=7, show_default=True, help="Number of clients.")
+@click.option(
+    "--clients", type=click.IntRange(min=1), default=7, show_default=True, help="Number of clients."
+)
 @click.option(
     "--partition",
     type=click.Choice(["natural", "iid", "dirichlet"]),
