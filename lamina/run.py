@@ -66,7 +66,7 @@ class LocalRun:
     plan: dict[str, Any]
 
 
-@click.command("run", short_help="All of it on this machine: data, export, broker, aggregator, clients.")
+@click.command("run", short_help="All of it on this machine.")
 @click.option(
     "--schedule",
     type=click.Choice(SCHEDULES),

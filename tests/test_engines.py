@@ -92,6 +92,16 @@ def test_it_follows_torch(case, engine, head, schedule, stage, threads):
         assert_follows(opened, batches, losses, after)
 
 
+@pytest.mark.parametrize("content", [None, b"", b"not a graph"])
+def test_a_graph_that_cannot_be_loaded_is_said_in_one_line(case, tmp_path, content):
+    if content is not None:
+        (tmp_path / "graph.onnx").write_bytes(content)
+    graph = case().manifest.stages[0].encoders["image"]
+    with pytest.raises(UserError, match="graph.onnx cannot be loaded") as caught:
+        engines.open_graph(tmp_path / "graph.onnx", graph)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_it_is_torchs_adamw(case, engine):
     settings = AdamW(beta1=0.8, beta2=0.95, eps=1e-4, weight_decay=0.5)

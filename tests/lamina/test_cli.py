@@ -289,8 +289,10 @@ def test_a_config_file_gives_options(folder, tmp_path, closed, config):
             ["aggregator", *config(aggregator + 'holdout = "empty"\n')],
             ["aggregator", *config(aggregator + "fraction-train = 1.5\n")],
             ["aggregator", *config(aggregator + "fraction_train = 2.5\n")],
+            ["aggregator", *config(aggregator + 'holdout = "examples"\n[column]\ntext = "nosuch"\n')],
         ],
     )
+    assert_refused(done[5], USAGE, "no column 'nosuch'")
     assert_refused(done[0], NO_BROKER, closed)
     assert (tmp_path / "state").exists()
     assert_refused(done[1], USAGE, "the client's name 'a/b'")
@@ -323,6 +325,8 @@ def test_a_config_file_that_cannot_be_used(folder, tmp_path, closed, config):
         b"broker = '\xff'\n": ("options3.toml cannot be read",),
         "threads = 'many'\n": ("--threads", "many"),
         "name = 5.5\nrun = '#'\n": ("the run's name '#'",),
+        "name = ['ann']\n": ("options6.toml: name cannot be ['ann']",),
+        "config = 'other.toml'\n": ("there is no option 'config'",),
     }
     needed = ["--broker", closed, "--data", "examples"]
     commands = [["client", *config(text), *needed] for text in files]

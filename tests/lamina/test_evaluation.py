@@ -210,3 +210,10 @@ def test_chance_is_always_naming_the_most_frequent_class(tmp_path_factory, tmp_p
         values["head.classify.bias"] = np.eye(3, dtype=np.float32)[place]
         got = evaluate_stage(world.folder, world.manifest, dataset, 1, 0, values)
         assert got == pytest.approx({"accuracy": count / NUM_EXAMPLES, "chance": 0.5})
+
+
+def test_equal_embeddings_are_ties_however_they_are_rounded():
+    generator = np.random.default_rng(0)
+    for size in (21, 77, 130):
+        same = np.tile(generator.normal(size=64).astype(np.float32) / 8, (size, 1))
+        assert retrieval({"image": same, "text": same})["recall@10"] == 0
