@@ -97,7 +97,7 @@ def test_a_graph_that_cannot_be_loaded_is_said_in_one_line(case, tmp_path, conte
     if content is not None:
         (tmp_path / "graph.onnx").write_bytes(content)
     graph = case().manifest.stages[0].encoders["image"]
-    with pytest.raises(UserError, match="graph.onnx cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"graph\.onnx cannot be loaded") as caught:
         engines.open_graph(tmp_path / "graph.onnx", graph)
     assert "\n" not in str(caught.value)
 
