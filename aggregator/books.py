@@ -35,7 +35,8 @@ CREATE TABLE IF NOT EXISTS refusals(
   stage INTEGER, round INTEGER, client TEXT, refusal TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS usage(
   stage INTEGER, round INTEGER, client TEXT, bytes_sent INTEGER NOT NULL, bytes_received INTEGER NOT NULL,
-  peak_rss_bytes INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY(stage, round, client));
+  peak_rss_bytes INTEGER NOT NULL, seconds REAL NOT NULL, opened_s REAL NOT NULL,
+  PRIMARY KEY(stage, round, client, opened_s));
 """
 
 
@@ -113,7 +114,7 @@ class Books:
     def spend(self, client: str, usage: Usage) -> None:
         """A client told what a round has cost it; told twice it counts once."""
         self._write(
-            "INSERT OR REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             usage.key.stage,
             usage.key.round,
             client,
@@ -121,6 +122,7 @@ class Books:
             usage.bytes_received,
             usage.peak_rss_bytes,
             usage.seconds,
+            usage.opened_s,
         )
 
     def rounds(self) -> dict[RoundKey, BlobRef]:

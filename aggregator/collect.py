@@ -40,6 +40,7 @@ class Collection:
         self._manifest = manifest
         self._fetch = fetch
         self._fetching: dict[str, BlobRef] = {}
+        self._fetches: dict[str, asyncio.Future[Path]] = {}
         self._files: dict[str, Path] = {}
         self._refused: set[str] = set()
         self._open = True
@@ -70,12 +71,14 @@ class Collection:
         self._answered.clear()
 
     def close(self) -> None:
-        """From now on every report is late."""
+        """From now on every report is late; uploads that are under way make room for the next round's."""
         self._open = False
+        for fetch in self._fetches.values():
+            fetch.cancel()
 
-    async def until_answered(self) -> None:
-        """Return once every client of the cohort has been accepted or refused."""
-        await self._answered.wait()
+    async def until_answered(self) -> bool:
+        """True, once every client of the cohort has been accepted or refused."""
+        return await self._answered.wait()
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -134,11 +137,16 @@ class Collection:
             )
         self._refused.discard(client)  # its last word is this one
         self._fetching[client] = report.update
+        fetch = self._fetches[client] = asyncio.ensure_future(self._fetch(client, report.update))
         try:
-            path = await self._fetch(client, report.update)
+            path = await fetch
             unpack_file(path, shapes)
+        except asyncio.CancelledError:
+            if self._open:
+                raise
         finally:
-            del self._fetching[client]
+            del self._fetching[client], self._fetches[client]
+            fetch.cancel()
         if not self._open:
             raise Refused("late", f"{report.key} was closed while the update came in")
         self._files[client] = path

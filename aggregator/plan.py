@@ -62,6 +62,11 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, (fits, allowed) in limits.items():
             if not fits:
                 raise UserError(f"{name} is {getattr(self, name)}", f"it must be {allowed}")
+        if self.min_updates > (smallest := math.ceil(self.fraction_train * self.min_available_clients)):
+            raise UserError(
+                f"min_updates is {self.min_updates}, and a round may have only {smallest} clients",
+                "lower it, or raise min_available_clients",
+            )
 
     def train_plan(self, key: RoundKey, rounds: int) -> TrainPlan:
         """What a client is told for round `key.round` of a stage of `rounds` rounds."""

@@ -41,7 +41,7 @@ from wire.messages import Announcement, Offer, Receipt, Report, RoundKey, Usage
 from wire.mqtt import Broker, Connection
 from wire.rounds import Event, Role, RoundMachine
 from wire.store import Store
-from wire.tasks import Tasks, beside, until
+from wire.tasks import Tasks, beside, within
 from wire.tensors import Array, Arrays
 
 USAGE_WAIT_S = 3.0
@@ -218,17 +218,22 @@ class Run:
 
     async def _collect(self, collection: Collection) -> None:
         """Return when the round may close."""
-        key = collection.offer.key
+        key, deadline_s = collection.offer.key, self._plan.round_deadline_s
+        clock = asyncio.get_running_loop().time
         while True:
-            try:
-                await asyncio.wait_for(collection.until_answered(), self._plan.round_deadline_s)
-            except asyncio.TimeoutError:
+            end_s = clock() + deadline_s
+            if not await within(deadline_s, collection.until_answered()):
                 log.info("%s: the deadline is there, %s are missing", key, ", ".join(collection.missing))
             if len(collection.accepted) >= self._plan.min_updates:
                 return
+            # Not before its time, even if all have been refused: they would send the same again.
+            await asyncio.sleep(max(0.0, end_s - clock()))
             available = await self.link.until_available(self._plan.min_available_clients)
+            if len(collection.accepted) >= self._plan.min_updates:
+                return
             chosen = select(available, self._plan.fraction_train, self._plan.seed, key)
-            offer = self._offer(key, tuple(sorted({*chosen, *collection.accepted})))
+            still_training = set(collection.offer.cohort) & set(available)
+            offer = self._offer(key, tuple(sorted({*chosen, *still_training, *collection.accepted})))
             collection.again(offer)
             self._machine.move(Event.EXTEND)
             self._tell(RoundOpened(key, offer.cohort, extended=True))
@@ -291,10 +296,11 @@ class Run:
         if self._collection is None:
             return
         key, expected = self._collection.offer.key, self._collection.accepted.keys()
-        deadline_s = asyncio.get_running_loop().time() + USAGE_WAIT_S
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + USAGE_WAIT_S
         while not expected <= self._books.clients_told(key):
             self._told.clear()
-            if not await until(deadline_s, self._told.wait()):
+            if not await within(end_s - clock(), self._told.wait()):
                 return
 
     def _tell_opened(self, last: RoundKey | None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from wire.manifest import MAX_MANIFEST_BYTES, BlobRef, Manifest, decode_manifest
 from wire.messages import Announcement, Bye, Hello, Offer, Receipt, Report, Usage, Want, decode, encode
 from wire.mqtt import Broker, Connection, Packet
 from wire.store import Store
-from wire.tasks import end, until
+from wire.tasks import end, within
 
 REPORT_EVERY_S = 5.0
 GOODBYE_S = 2.0
@@ -38,17 +38,16 @@ async def find_run(broker: Broker, client: str, run: str | None = None) -> Annou
     async with Connection(broker, f"lamina-find-{client}") as connection:
         await connection.subscribe(topics.announcement(run or "+"))
         runs: dict[str, Announcement] = {}
-        told = False
-        while True:
-            now_s = asyncio.get_running_loop().time()
-            packet = await until(now_s + LOOK_AROUND_S, connection.packet())
+        clock = asyncio.get_running_loop().time
+        look_until_s, told = clock() + LOOK_AROUND_S, False
+        while clock() < look_until_s or not runs:
+            packet = await within(LOOK_AROUND_S, connection.packet())
             if packet is not None:
                 _note(runs, packet)
-            elif runs:
-                return max(runs.values(), key=lambda announcement: announcement.started_s)
-            elif not told:
+            elif not runs and not told:
                 log.info("no run is open on %s yet, waiting for one", broker)
                 told = True
+        return max(runs.values(), key=lambda announcement: announcement.started_s)
 
 
 def _note(runs: dict[str, Announcement], packet: Packet) -> None:
@@ -84,6 +83,8 @@ class Link:
         self._news = asyncio.Condition()
         self._offer: Offer | None = None
         self._over = False
+        self.replaced = False
+        """Whether another run has begun under this one's name."""
         self._receipts: asyncio.Queue[Receipt] = asyncio.Queue()
 
     @classmethod
@@ -101,8 +102,7 @@ class Link:
             try:
                 yield cls(connection, announcement, client, store)
             finally:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(connection.publish(*goodbye), GOODBYE_S)
+                await within(GOODBYE_S, connection.publish(*goodbye))
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -130,8 +130,8 @@ class Link:
         if ref.size_bytes > max_bytes:
             raise TooLarge(f"{ref.sha256[:16]} has {ref.size_bytes} bytes, at most {max_bytes} expected")
         topic = topics.blob(self._run, ref.sha256)
-        await self._connection.subscribe(topic)
         try:
+            await self._connection.subscribe(topic)
             return await self._exchange.fetch(ref, self._ask)
         finally:
             self._connection.unsubscribe(topic)
@@ -142,15 +142,28 @@ class Link:
             await self._news.wait_for(lambda: self._over or self._is_newer(after))
             return None if self._over else self._offer
 
-    async def unless_superseded(self, offer: Offer, attempt: Coroutine[Any, Any, T]) -> T | None:
-        """The result of `attempt`; None, and its cancellation, once there is another offer than this."""
-        working = asyncio.ensure_future(attempt)
-        superseded = asyncio.ensure_future(self.next_offer(offer))
+    async def unless_over(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`; None, and its cancellation, once the run is over."""
+        return await self._unless(lambda: self._over, work)
+
+    async def unless_superseded(self, offer: Offer, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`; None, and its cancellation, once other work than this is on offer.
+
+        The same round, offered for longer, is the same work.
+        """
+        return await self._unless(lambda: self._over or _work(self._offer) != _work(offer), work)
+
+    async def _unless(self, ended: Callable[[], bool], work: Coroutine[Any, Any, T]) -> T | None:
+        async def until_ended() -> None:
+            async with self._news:
+                await self._news.wait_for(ended)
+
+        working, ending = asyncio.ensure_future(work), asyncio.ensure_future(until_ended())
         try:
-            await asyncio.wait({working, superseded}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
             return working.result() if working.done() else None
         finally:
-            await end(working, superseded)
+            await end(working, ending)
 
     async def report(self, report: Report, update: Path) -> Receipt:
         """Tell that an update is ready, again and again, until the aggregator has answered."""
@@ -159,8 +172,8 @@ class Link:
         try:
             while True:
                 await self._connection.publish(self._up("report"), encode(report))
-                with contextlib.suppress(asyncio.TimeoutError):
-                    return await asyncio.wait_for(self._receipt(report), REPORT_EVERY_S)
+                if receipt := await within(REPORT_EVERY_S, self._receipt(report)):
+                    return receipt
         finally:
             self._exchange.withdraw(report.update)
 
@@ -197,7 +210,9 @@ class Link:
     async def _take(self, packet: Packet) -> None:
         kind = topics.kind_of(packet.topic)
         if packet.topic == topics.announcement(self._run):
-            if not decode(packet.payload, Announcement).open:
+            announcement = decode(packet.payload, Announcement)
+            self.replaced = announcement.open and _identity(announcement) != _identity(self.announcement)
+            if self.replaced or not announcement.open:
                 async with self._news:
                     self._over = True
                     self._news.notify_all()
@@ -212,3 +227,13 @@ class Link:
             self._exchange.want("", decode(packet.payload, Want))
         else:
             self._exchange.chunk(packet.payload)
+
+
+def _identity(announcement: Announcement) -> tuple[object, ...]:
+    """What stays the same as long as a run goes on."""
+    return announcement.manifest, announcement.started_s, announcement.chunk_bytes
+
+
+def _work(offer: Offer | None) -> tuple[object, ...] | None:
+    """What an offer asks for, however often it is made."""
+    return None if offer is None else (offer.key, offer.parameters, offer.frozen, offer.plan)

@@ -15,19 +15,25 @@ import msgspec
 
 from wire.errors import UserError
 from wire.manifest import BlobRef
-from wire.messages import Offer, Report
+from wire.messages import Report, RoundKey, TrainPlan
+
+
+class Work(msgspec.Struct, frozen=True):
+    """All that an update depends on. `started_s`: of the run. `data`: the data set's fingerprint."""
+
+    run: str
+    started_s: float
+    data: str
+    key: RoundKey
+    parameters: BlobRef
+    plan: TrainPlan
 
 
 class Pending(msgspec.Struct, frozen=True):
-    """`parameters`: what the training began with."""
+    """Done work and its report."""
 
-    run: str
-    parameters: BlobRef
+    work: Work
     report: Report
-
-    def answers(self, run: str, offer: Offer) -> bool:
-        """Whether this is what the offer asks for."""
-        return (self.run, self.report.key, self.parameters) == (run, offer.key, offer.parameters)
 
 
 def load(path: Path) -> Pending | None:

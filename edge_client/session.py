@@ -10,6 +10,7 @@ Next: `edge_client/link.py` (messages), `edge_client/cache.py` (the frozen prefi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -48,16 +49,32 @@ async def take_part(broker: Broker, device: Device, run: str | None = None) -> N
     Raises `TransportError` where no broker takes us, `UserError` for what the user has to mend.
     """
     with device.opened() as store:
-        announcement = await find_run(broker, device.name, run)
-        log.info("joining run %s as %s", announcement.run, device.name)
-        async with Link.open(broker, announcement, device.name, store) as link:
-            await beside(_join(link, device, store), link.pump())
+        replaced = True
+        while replaced:
+            announcement = await find_run(broker, device.name, run)
+            log.info("joining run %s as %s", announcement.run, device.name)
+            async with Link.open(broker, announcement, device.name, store) as link:
+                await beside(_take_part(link, device, store), link.pump())
+                replaced = link.replaced
+            log.info("run %s %s", announcement.run, "has begun anew" if replaced else "is over")
 
 
-async def _join(link: Link, device: Device, store: Store) -> None:
+async def _take_part(link: Link, device: Device, store: Store) -> None:
+    joined = await link.unless_over(_join(link, device, store))
+    if joined is not None:
+        session, hello = joined
+        await beside(session.rounds(), link.heartbeat(hello))
+
+
+async def _join(link: Link, device: Device, store: Store) -> tuple[Session, Hello]:
+    """What is needed before anyone can be told that we are here."""
     manifest = await link.manifest()
     bundle = Bundle(manifest, link, store)
     engine = choose(device.engine, manifest.stages[0].engines)
+    known = pending.load(device.folder / PENDING)
+    store.keep(
+        {*manifest.files.values(), link.announcement.manifest, *([known.report.update] if known else [])}
+    )
     await bundle.need(*bundle.tokenizers())
     dataset = await asyncio.to_thread(
         Dataset.open,
@@ -71,9 +88,7 @@ async def _join(link: Link, device: Device, store: Store) -> None:
     )
     log.info("%d examples, engine %s", len(dataset), engine)
     hello = Hello(dict.fromkeys(manifest.modalities, len(dataset)), engine, memory_mb(), version())
-    session = Session(link, device, store, bundle, dataset, engine)
-    await beside(session.rounds(), link.heartbeat(hello))
-    log.info("run %s is over", link.announcement.run)
+    return Session(link, device, store, bundle, dataset, engine), hello
 
 
 class Bundle:
@@ -112,6 +127,7 @@ class Session:
         self._bundle = bundle
         self._manifest = bundle.manifest
         self._engine = engine
+        self._dataset = dataset
         self._cache = FeatureCache(device.folder / "features", bundle.manifest, dataset)
         self._machine = RoundMachine(Role.CLIENT)
         self._told = (0, 0)  # bytes sent and received that have been reported
@@ -190,9 +206,20 @@ class Session:
     def _done_before(self, offer: Offer) -> Report | None:
         """The report of this very round, if its update is still here."""
         known = pending.load(self._device.folder / PENDING)
-        if known is None or not known.answers(self._link.announcement.run, offer):
+        if known is None or known.work != self._work(offer):
             return None
         return known.report if self._store.has(known.report.update) else None
+
+    def _work(self, offer: Offer) -> pending.Work:
+        announcement = self._link.announcement
+        return pending.Work(
+            run=announcement.run,
+            started_s=announcement.started_s,
+            data=self._dataset.fingerprint,
+            key=offer.key,
+            parameters=offer.parameters,
+            plan=offer.plan,
+        )
 
     def _save(self, offer: Offer, trained: Trained) -> Report:
         path = self._device.folder / PENDING
@@ -204,7 +231,7 @@ class Session:
             num_examples=trained.num_examples,
             loss=trained.loss,
         )
-        pending.save(path, pending.Pending(self._link.announcement.run, offer.parameters, report))
+        pending.save(path, pending.Pending(self._work(offer), report))
         if before is not None and before.report.update != report.update:
             self._store.remove(before.report.update)
         return report
@@ -217,6 +244,7 @@ class Session:
             bytes_received=received - self._told[1],
             peak_rss_bytes=peak_rss_bytes(),
             seconds=seconds,
+            opened_s=offer.opened_s,
         )
         self._told = (sent, received)
         await self._link.usage(usage)
@@ -230,6 +258,8 @@ async def _in_thread(work: Callable[[StopEvent], T]) -> T:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait({running})
-        running.cancelled() or running.exception()
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):  # told again: it is on its way
+                await asyncio.wait({running})
+        running.exception()
         raise

@@ -1,7 +1,8 @@
 """Every bundle is checked against torch as it is written: what is checked is what the device runs.
 
-Rules: for each stage and engine, `STEPS` AdamW steps from the initial values on the same random batches,
-the last one smaller; then each inference graph. Losses and outputs are compared by relative L2.
+Rules: for each stage and engine, `STEPS` AdamW steps on the same random batches, the last one smaller; then
+each inference graph. They start near the initial values and not at them: a block that starts as the
+identity would hide what its branches compute. Losses and outputs are compared by relative L2.
 A parameter is compared as a whole, by the L2 norm of the difference over the norm of the tensor, or over
 one Adam step of every element (learning rate times sqrt(n)) where that is larger: what has barely left
 zero is known no better, for Adam turns rounding noise into steps of full size.
@@ -14,7 +15,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +36,7 @@ STEPS = 5
 BATCH_SIZES = (6, 6, 6, 6, 3)
 LEARNING_RATE = 1e-3
 MAX_ERROR = 1e-3
+NOISE = 0.05
 
 AnyArray = npt.NDArray[Any]
 
@@ -116,10 +119,38 @@ def check(
 
     Raises `ParityError`, naming the first graph or tensor that is off by more than `MAX_ERROR`.
     """
+    with _shaken(model, seed) as values:
+        return _check(folder, manifest, model, cuts, engines, values, seed)
+
+
+@contextmanager
+def _shaken(model: Model, seed: int) -> Iterator[Arrays]:
+    """Within the block every parameter is off its value by a little noise: torch name -> what it is."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=NOISE)
+    try:
+        yield {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
+
+
+def _check(
+    folder: Path,
+    manifest: Manifest,
+    model: Model,
+    cuts: Sequence[StageCuts],
+    engines: Engines,
+    values: Arrays,
+    seed: int,
+) -> Parity:
     begin = time.monotonic()
     worst = _Worst({})
     limits = input_limits(model)
-    values = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     usable = set(engines.available())
     checked: dict[str, None] = {}
     num_graphs = 0

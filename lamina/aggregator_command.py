@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,17 +93,18 @@ def command(
     address = Broker.parse(broker)
     run_plan = RunPlan(**plan)
     manifest, _ = read_manifest(bundle)
-    evaluate = _evaluate(bundle, manifest, holdout, pairs(columns, "--column"), folder) if holdout else None
     settings = Settings(
         name=check_name(name, "the run's name"),
         bundle=bundle,
         folder=folder,
         plan=run_plan,
         chunk_bytes=check_chunk_bytes(chunk_bytes),
-        evaluate=evaluate,
         resume=resume,
     )
+    theirs = pairs(columns, "--column")
     with locked(folder, "stop it, or choose another --dir"), contextlib.closing(Books(folder)) as books:
+        if holdout is not None:
+            settings = replace(settings, evaluate=_evaluate(bundle, manifest, holdout, theirs, folder))
         if as_json:
             _conduct(address, settings, books, lambda event: click.echo(to_json(event)))
         else:

@@ -114,7 +114,12 @@ def when_told_to_stop(stop: Callable[[], object]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     if STOP_WITH_STDIN in os.environ:
-        loop.add_reader(sys.stdin, stop)
+
+        def closed() -> None:
+            loop.remove_reader(sys.stdin)  # which stays readable, and would stop the stopping too
+            stop()
+
+        loop.add_reader(sys.stdin, closed)
 
 
 def run_until_stopped(main: Coroutine[Any, Any, T]) -> T:

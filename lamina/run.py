@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +145,6 @@ def command(
     if broker is not None:
         Broker.parse(broker)
     pairs(columns, "--column")
-    RunPlan(**{key: value for key, value in plan.items() if value is not None})
     name = check_name(
         name or f"{schedule}-s{plan['seed']}-{time.strftime('%Y%m%d-%H%M%S')}", "the run's name"
     )
@@ -152,6 +152,7 @@ def command(
     names = _clients(data)
     if plan["min_available_clients"] is None:
         plan["min_available_clients"] = len(names)
+    RunPlan(**plan)
     run = LocalRun(
         name=name,
         folder=folder / "runs" / name,
@@ -192,10 +193,15 @@ async def conduct(run: LocalRun, view: View) -> RunClosed:
         view.status(f"exporting {run.model} for {run.schedule}, and checking it against torch")
         bundle = run.folder / "bundle"
         await processes.run("export", "export", *_export_arguments(run, bundle))
-        url = run.broker or await _start_broker(processes)
+        url = run.broker
+        broker_ends: Coroutine[Any, Any, Any] = asyncio.Event().wait()
+        if url is None:
+            url, broker_ends = await _start_broker(processes)
         view.status(f"starting the clients on {url}")
         return await beside(
-            _aggregate(run, processes, url, bundle, view), _keep_clients(run, processes, url, view)
+            _aggregate(run, processes, url, bundle, view),
+            _keep_clients(run, processes, url, view),
+            broker_ends,
         )
 
 
@@ -218,7 +224,7 @@ async def _aggregate(run: LocalRun, processes: Processes, url: str, bundle: Path
 
 
 async def _keep_clients(run: LocalRun, processes: Processes, url: str, view: View) -> None:
-    """Return when all have gone home. Raises the error of the last one, if none is left."""
+    """For ever. Raises a client's error when fewer are left than the aggregator waits for."""
     errors: list[LaminaError] = []
 
     async def keep(client: str) -> None:
@@ -227,22 +233,27 @@ async def _keep_clients(run: LocalRun, processes: Processes, url: str, view: Vie
         except LaminaError as error:
             view.note(str(error))
             errors.append(error)
+            if len(run.clients) - len(errors) < run.plan["min_available_clients"]:
+                raise
 
     await asyncio.gather(*(keep(client) for client in run.clients))
-    if len(errors) == len(run.clients):
-        raise errors[-1]
     await asyncio.Event().wait()  # the aggregator has the last word
 
 
-async def _start_broker(processes: Processes) -> str:
+async def _start_broker(processes: Processes) -> tuple[str, Coroutine[Any, Any, None]]:
+    """Its address, and what raises once it has ended."""
     from lamina.processes import ChildFailed
 
     child = await processes.start("broker", "broker", "--port", "0")
     assert child.stdout is not None
     line = (await child.stdout.readline()).decode().strip()
-    if not line:
+
+    async def ends() -> None:
         raise ChildFailed("broker", await child.wait(), processes.log("broker"))
-    return line.split()[-1]
+
+    if not line:
+        await ends()
+    return line.split()[-1], ends()
 
 
 def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:

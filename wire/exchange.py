@@ -25,6 +25,7 @@ from wire.errors import HashMismatch, Silent, UserError
 from wire.manifest import BlobRef
 from wire.messages import Want
 from wire.store import Store
+from wire.tasks import within
 from wire.transfer import Chunk, Missing, Owed, decode_chunk, encode_chunk, extent, prefix_of
 
 SENDING = 8
@@ -141,18 +142,22 @@ class Exchange:
             missing = Missing(ref, self._chunk_bytes, WINDOW)
             incoming = self._incoming[key] = _Incoming(missing, file)
             patience_s, silent_s = self._stall_s, 0.0
+            clock = asyncio.get_running_loop().time
             try:
                 while not missing.complete:
                     incoming.came.clear()
                     if ranges := missing.ask():
                         await ask(Want(ref, ranges))
-                    try:
-                        await asyncio.wait_for(incoming.came.wait(), patience_s)
-                        patience_s, silent_s = self._stall_s, 0.0
-                    except asyncio.TimeoutError:
+                    begin_s = clock()
+                    if await within(patience_s, incoming.came.wait()):
+                        # On a slow link a chunk takes its time: asking again too soon would only add to it.
+                        gap_s = silent_s + clock() - begin_s
+                        patience_s = min(max(self._stall_s, 4 * gap_s), MAX_STALL_S)
+                        silent_s = 0.0
+                    else:
                         silent_s += patience_s
                         if silent_s > silence_s:
-                            raise Silent(f"{peer} has sent nothing for {silent_s:.0f} s") from None
+                            raise Silent(f"{peer} has sent nothing for {silent_s:.0f} s")
                         missing.stalled()
                         patience_s = min(2 * patience_s, MAX_STALL_S)
                     if incoming.error is not None:
@@ -179,9 +184,12 @@ class Exchange:
 
 
 def _read(path: Path, offset: int, length: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(length)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+    except OSError:
+        data = b""
     if len(data) != length:
-        raise UserError(f"{path} is shorter than it was", "leave the files of a run alone while it runs")
+        raise UserError(f"{path} is not what it was", "leave the files of a run alone while it runs")
     return data

@@ -135,6 +135,7 @@ class Usage(msgspec.Struct, frozen=True, tag=True):
     """What a round has cost a client; sent once, after the receipt or when the round was given up.
 
     bytes_sent, bytes_received: counted at the MQTT socket since the last `Usage`.
+    opened_s: the offer's, for a round may be offered more than once.
     peak_rss_bytes: the process's high-water mark so far. seconds: from the offer to its end.
     """
 
@@ -143,6 +144,7 @@ class Usage(msgspec.Struct, frozen=True, tag=True):
     bytes_received: Count
     peak_rss_bytes: Count
     seconds: Seconds
+    opened_s: Instant = 0.0
 
 
 Message = Announcement | Hello | Bye | Offer | Want | Report | Receipt | Usage

@@ -25,6 +25,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.errors import TransportError, UserError
+from wire.tasks import within
 
 WINDOW = 16
 MAX_WAITING = 256
@@ -228,11 +229,7 @@ class Connection:
 
     async def until_reconnected(self, timeout_s: float) -> bool:
         """Wait for the next reconnect, at most so long; whether there was one."""
-        try:
-            await asyncio.wait_for(self._connected.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return False
-        return True
+        return bool(await within(timeout_s, self._connected.wait()))
 
     async def _stop(self) -> None:
         self._closing = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,11 +56,16 @@ class Store:
         """Forget a blob, if it is there."""
         self.path(ref).unlink(missing_ok=True)
 
+    def keep(self, refs: Collection[BlobRef]) -> None:
+        """Forget everything else."""
+        names = {ref.sha256 for ref in refs}
+        for path in self._folder.iterdir():
+            if path.name not in names and path.suffix != _PARTIAL:
+                path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Forget all that nobody receives right now."""
-        for path in self._folder.iterdir():
-            if path.suffix != _PARTIAL:
-                path.unlink(missing_ok=True)
+        self.keep(())
 
     @contextlib.contextmanager
     def receive(self, ref: BlobRef) -> Iterator[BinaryIO]:

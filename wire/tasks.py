@@ -59,15 +59,25 @@ class Tasks:
 
 async def end(*futures: asyncio.Future[Any]) -> None:
     """Cancel those that still run and wait until all have ended; their results are dropped."""
+    running = set(futures)
+    while running:
+        for future in running:
+            future.cancel()
+        # More than once: a cancellation can be lost, as in `asyncio.wait_for` before Python 3.12.
+        _, running = await asyncio.wait(running, timeout=1)
     for future in futures:
-        future.cancel()
-    await asyncio.gather(*futures, return_exceptions=True)
+        if not future.cancelled():
+            future.exception()
 
 
-async def until(deadline_s: float, awaitable: Awaitable[T]) -> T | None:
-    """The result of `awaitable`, or None and its cancellation at `deadline_s` of the event loop's clock."""
-    remaining_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
+async def within(timeout_s: float, awaitable: Awaitable[T]) -> T | None:
+    """The result of `awaitable`, or None, and its cancellation, after so long.
+
+    Unlike `asyncio.wait_for` before Python 3.12 it never loses a cancellation of its own.
+    """
+    waiting = asyncio.ensure_future(awaitable)
     try:
-        return await asyncio.wait_for(awaitable, remaining_s)
-    except asyncio.TimeoutError:
-        return None
+        done, _ = await asyncio.wait({waiting}, timeout=max(0.0, timeout_s))
+        return waiting.result() if done else None
+    finally:
+        waiting.cancel()
