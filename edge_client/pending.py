@@ -15,7 +15,7 @@ import msgspec
 
 from wire.errors import UserError
 from wire.manifest import BlobRef
-from wire.messages import Report, RoundKey, TrainPlan
+from wire.messages import Announcement, Offer, Report, RoundKey, TrainPlan
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -27,6 +27,12 @@ class Work(msgspec.Struct, frozen=True):
     key: RoundKey
     parameters: BlobRef
     plan: TrainPlan
+
+    @classmethod
+    def of(cls, announcement: Announcement, data: str, offer: Offer) -> Work:
+        """What an offer asks for, however often it is made."""
+        run, started_s = announcement.run, announcement.started_s
+        return cls(run, started_s, data, offer.key, offer.parameters, offer.plan)
 
 
 class Pending(msgspec.Struct, frozen=True):

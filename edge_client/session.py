@@ -25,6 +25,7 @@ from edge_client.cache import FeatureCache, Features, Step
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
 from edge_client.engines import choose, open_engine, open_graph
 from edge_client.link import Link, find_run
+from edge_client.pending import Pending, Work
 from edge_client.train import Trained, train
 from inputs.dataset import Dataset
 from wire.errors import Malformed, PeerError
@@ -210,16 +211,8 @@ class Session:
             return None
         return known.report if self._store.has(known.report.update) else None
 
-    def _work(self, offer: Offer) -> pending.Work:
-        announcement = self._link.announcement
-        return pending.Work(
-            run=announcement.run,
-            started_s=announcement.started_s,
-            data=self._dataset.fingerprint,
-            key=offer.key,
-            parameters=offer.parameters,
-            plan=offer.plan,
-        )
+    def _work(self, offer: Offer) -> Work:
+        return Work.of(self._link.announcement, self._dataset.fingerprint, offer)
 
     def _save(self, offer: Offer, trained: Trained) -> Report:
         path = self._device.folder / PENDING
@@ -231,7 +224,7 @@ class Session:
             num_examples=trained.num_examples,
             loss=trained.loss,
         )
-        pending.save(path, pending.Pending(self._work(offer), report))
+        pending.save(path, Pending(self._work(offer), report))
         if before is not None and before.report.update != report.update:
             self._store.remove(before.report.update)
         return report

@@ -110,7 +110,7 @@ def test_everything_is_there_after_closing_and_opening(tmp_path: Path):
         assert rows(books, "refusals") == [
             (0, 7, "ben", "late", "it's over; DROP TABLE rounds — ' \" \0"),
         ]
-        assert rows(books, "usage") == [(1, 2, "ada", 2**63 - 1, 3000, 50_000_000, 1e9)]
+        assert rows(books, "usage") == [(1, 2, "ada", 2**63 - 1, 3000, 50_000_000, 1e9, 0.0)]
     books.close()
 
 
@@ -240,6 +240,13 @@ def test_figures_while_the_first_round_is_open(books: Books):
 
 
 # What cannot be used.
+
+
+def test_a_round_that_is_offered_twice_costs_twice(books: Books):
+    round_of(books, KEY)
+    for opened_s in (1.0, 2.0, 2.0):
+        books.spend("ada", usage(opened_s=opened_s, bytes_sent=100))
+    assert books.figures([1]).bytes_sent_per_client == 200
 
 
 def test_a_folder_that_is_a_file_is_the_users_to_mend(tmp_path: Path):

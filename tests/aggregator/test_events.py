@@ -70,7 +70,7 @@ EXAMPLES: list[Event] = [
     RunOpened("r1", "layerwise", (2, 3), (640, 2**40), 2),
     RunOpened("r1", "end_to_end", (2,), (640,), 2, resumed=KEY),
     ClientCame("ada", Hello({"text": 7, "image": 5}, "onnx", 4096, "0.1")),
-    ClientCame("ada", Hello({}, AWKWARD, 0, "")),
+    ClientCame("ada", Hello({}, "onnx", 0, AWKWARD[:64])),
     ClientLeft("ada"),
     RoundOpened(KEY, ("ada", "ben")),
     RoundOpened(KEY, (), extended=True),

@@ -143,13 +143,13 @@ class Programs:
         self._stack.callback(started.kill)
         return started
 
-    def client(self, url: str, client: str, name: str = "run") -> Started:
+    def client(self, url: str, client: str, name: str = "run", data: str = "") -> Started:
         arguments = (
             "client",
             "--broker",
             url,
             "--data",
-            str(self._data / "clients" / client),
+            str(self._data / "clients" / (data or client)),
             "--name",
             client,
         )

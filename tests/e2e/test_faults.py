@@ -134,6 +134,48 @@ def test_too_few_updates_at_the_deadline_and_the_round_is_offered_again(
     assert aggregator.until_a(RoundClosed, RoundKey(0, 0)).accepted == CLIENTS
 
 
+def test_an_extension_does_not_call_off_the_training_it_waits_for(
+    programs: Programs, broker: Started
+) -> None:
+    """Training takes several deadlines, and still ends."""
+    options = ("--local-epochs", "150", "--min-updates", "3", "--round-deadline-s", "1.5", "--rounds", "1")
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *options)
+    programs.clients(broker.url)
+    assert aggregator.until_a(RoundClosed).accepted == CLIENTS
+    assert any(event.extended for event in aggregator.all(RoundOpened))
+
+
+def test_clients_follow_a_run_that_begins_anew_under_the_same_name(
+    programs: Programs, broker: Started, undisturbed: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL, "--learning-rate", "0.01")
+    clients = programs.clients(broker.url)
+    aggregator.until_a(RoundClosed)
+    aggregator.kill()
+    aggregator.folder.rename(tmp_path / "given-up")
+    aggregator = programs.aggregator(broker.url, "run", *ALL, "--chunk-bytes", "4096")
+    aggregator.until_a(RunClosed)
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
+    assert "has begun anew" in clients["ann"].text()
+    assert_equal(aggregator.final(), undisturbed)
+
+
+def test_a_client_that_comes_when_the_run_ends_goes_home(programs: Programs, broker: Started) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL)
+    programs.clients(broker.url)
+    aggregator.until_a(RoundClosed, RoundKey(1, 0))
+    late = []
+    while not aggregator.all(RunClosed):
+        late.append(programs.client(broker.url, f"late{len(late)}", data="ann"))
+        aggregator.until(lambda _event: True)
+    after = programs.client(broker.url, "after", data="ann")
+    assert [client.end() for client in late] == [0] * len(late)
+    time.sleep(2)
+    assert after.process.poll() is None
+    assert "no run is open" in after.text()
+    assert after.stop() == 130
+
+
 def test_programs_stop_in_order(programs: Programs, broker: Started) -> None:
     aggregator = programs.aggregator(broker.url, "run", *ALL, *SLOW)
     clients = programs.clients(broker.url)

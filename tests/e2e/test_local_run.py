@@ -179,6 +179,17 @@ def test_a_local_run_starts_a_killed_client_again_and_leaves_nothing_behind(
     assert left == []
 
 
+def test_a_client_with_unusable_data_ends_the_run_that_waits_for_it(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/clients/cy/images/3.png").write_bytes(b"not a picture")
+    result = lamina("run", "--data", str(tmp_path / "data"), "--dir", str(tmp_path / "work"), *RUN)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("lamina: cy: ")
+    assert "images/3.png cannot be read" in last
+
+
 def _children(parent: int) -> dict[int, list[str]]:
     """Child processes that run, and their command lines."""
     found = {}

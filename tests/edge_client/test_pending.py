@@ -6,16 +6,19 @@ import msgspec
 import pytest
 
 from edge_client import pending
-from edge_client.pending import Pending
+from edge_client.pending import Pending, Work
+from wire.errors import UserError
 from wire.manifest import BlobRef
-from wire.messages import Offer, Report, RoundKey, TrainPlan
+from wire.messages import Announcement, Offer, Report, RoundKey, TrainPlan
 
 KEY = RoundKey(1, 4)
 PARAMETERS = BlobRef.of(b"parameters")
 PLAN = TrainPlan(learning_rate=1e-3, batch_size=8, local_epochs=1, seed=0)
 OFFER = Offer(KEY, 1000.5, ("ann", "bob"), PARAMETERS, (BlobRef.of(b"frozen"),), PLAN, 60.0)
 REPORT = Report(KEY, BlobRef.of(b"update"), ("image.block.1", "head"), 20, 0.123456789)
-PENDING = Pending("demo", PARAMETERS, REPORT)
+RUN = Announcement("demo", BlobRef.of(b"manifest"), 500.0, 10.0, 122880)
+WORK = Work.of(RUN, "data", OFFER)
+PENDING = Pending(WORK, REPORT)
 
 
 def test_it_is_loaded_as_it_was_saved(tmp_path):
@@ -28,7 +31,7 @@ def test_the_newest_one_replaces_what_was_there(tmp_path):
     path = tmp_path / "pending"
     path.write_bytes(b"something else" * 1000)
     for number in range(3):
-        saved = Pending("demo", PARAMETERS, msgspec.structs.replace(REPORT, num_examples=number))
+        saved = Pending(WORK, msgspec.structs.replace(REPORT, num_examples=number))
         pending.save(path, saved)
         assert pending.load(path) == saved
     assert [path.name for path in tmp_path.iterdir()] == ["pending"]
@@ -46,7 +49,7 @@ def test_one_killed_while_saving_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", kill)
     with pytest.raises(Killed):
-        pending.save(path, Pending("other", PARAMETERS, REPORT))
+        pending.save(path, Pending(msgspec.structs.replace(WORK, data="other"), REPORT))
     assert pending.load(path) == PENDING
 
 
@@ -75,10 +78,10 @@ def test_nothing_is_there_at_first(tmp_path):
     assert pending.load(tmp_path / "pending") is None
 
 
-def test_it_answers_the_same_round_from_the_same_parameters():
-    assert PENDING.answers("demo", OFFER)
+def test_an_offer_that_is_made_again_asks_for_the_same_work():
     again = {"opened_s": 2000.0, "cohort": ("ann",), "deadline_s": 1.0}
-    assert PENDING.answers("demo", msgspec.structs.replace(OFFER, **again))
+    assert Work.of(RUN, "data", msgspec.structs.replace(OFFER, **again)) == WORK
+    assert Work.of(msgspec.structs.replace(RUN, heartbeat_s=1.0), "data", OFFER) == WORK
 
 
 @pytest.mark.parametrize(
@@ -87,11 +90,24 @@ def test_it_answers_the_same_round_from_the_same_parameters():
         {"key": RoundKey(1, 5)},
         {"key": RoundKey(2, 4)},
         {"parameters": BlobRef.of(b"other parameters")},
+        {"plan": msgspec.structs.replace(PLAN, learning_rate=1e-4)},
+        {"plan": msgspec.structs.replace(PLAN, local_epochs=2)},
     ],
 )
-def test_it_answers_no_other_round(other):
-    assert not PENDING.answers("demo", msgspec.structs.replace(OFFER, **other))
+def test_another_offer_asks_for_other_work(other):
+    assert Work.of(RUN, "data", msgspec.structs.replace(OFFER, **other)) != WORK
 
 
-def test_it_answers_no_other_run():
-    assert not PENDING.answers("demo2", OFFER)
+def test_another_run_or_other_data_is_other_work():
+    assert Work.of(msgspec.structs.replace(RUN, run="demo2"), "data", OFFER) != WORK
+    assert Work.of(msgspec.structs.replace(RUN, started_s=501.0), "data", OFFER) != WORK
+    assert Work.of(RUN, "other data", OFFER) != WORK
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
+    def full(_handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        pending.save(tmp_path / "pending", PENDING)

@@ -311,14 +311,16 @@ def test_the_limit_is_for_the_whole_message(message: Message):
 
 
 def test_what_no_peer_would_take_is_not_sent():
-    spare = MAX_MESSAGE_BYTES - len(encode(hello(engine="." * 60_000)))
+    def refused(length: int) -> Receipt:
+        return Receipt(KEY, "malformed", "." * length)
+
+    spare = MAX_MESSAGE_BYTES - len(encode(refused(60_000)))
     assert spare > 0
-    longest = hello(engine="." * (60_000 + spare))
+    longest = refused(60_000 + spare)
     assert len(encode(longest)) == MAX_MESSAGE_BYTES
-    assert decode(encode(longest), Hello) == longest
-    too_long = hello(engine="." * (60_000 + spare + 1))
-    with pytest.raises(LocalError, match=f"^Hello of {MAX_MESSAGE_BYTES + 1} bytes is too large"):
-        encode(too_long)
+    assert decode(encode(longest), Receipt) == longest
+    with pytest.raises(LocalError, match=f"^Receipt of {MAX_MESSAGE_BYTES + 1} bytes is too large"):
+        encode(refused(60_000 + spare + 1))
 
 
 def test_an_offer_has_more_room_than_the_others():
