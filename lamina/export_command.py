@@ -12,33 +12,16 @@ from typing import Any
 
 import click
 
-from lamina.options import column_option, config_option, pairs
+from lamina.options import column_option, config_option, model_options, pairs
 from wire.errors import UserError
 
 
 @click.command("export", short_help="Write the training artifacts of every stage.")
-@click.option("--model", default="tiny", show_default=True, help="A preset, or package.module:builder.")
-@click.option(
-    "--option", "options", multiple=True, metavar="NAME=JSON", help="An option of the model's builder."
-)
-@click.option(
-    "--schedule",
-    type=click.Choice(["layerwise", "progressive", "end_to_end"]),
-    default="layerwise",
-    show_default=True,
-    help="LW-FedMML, Prog-FedMML or FedMML.",
-)
+@model_options
 @click.option(
     "--rounds", default="10", show_default=True, help="Of every stage, or one number a stage: 10,10,20."
 )
 @click.option("--blocks-per-stage", default=1, show_default=True, help="Blocks that a stage attaches.")
-@click.option(
-    "--warm-start",
-    type=click.Choice(["copy", "fresh"]),
-    default="copy",
-    show_default=True,
-    help="Start a new block as a copy of the one below, or fresh.",
-)
 @click.option(
     "--data",
     multiple=True,

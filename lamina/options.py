@@ -75,6 +75,40 @@ def config_option(function: F) -> F:
     )(function)
 
 
+def model_options(function: F) -> F:
+    """`--schedule`, `--model`, `--option` and `--warm-start`: what is trained, and in which stages."""
+    for option in reversed(
+        (
+            click.option(
+                "--schedule",
+                type=click.Choice(["layerwise", "progressive", "end_to_end"]),
+                default="layerwise",
+                show_default=True,
+                help="LW-FedMML, Prog-FedMML or FedMML.",
+            ),
+            click.option(
+                "--model", default="tiny", show_default=True, help="A preset, or package.module:builder."
+            ),
+            click.option(
+                "--option",
+                "options",
+                multiple=True,
+                metavar="NAME=JSON",
+                help="An option of the model's builder.",
+            ),
+            click.option(
+                "--warm-start",
+                type=click.Choice(["copy", "fresh"]),
+                default="copy",
+                show_default=True,
+                help="Start a new block as a copy of the one below, or fresh.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 def plan_options(**defaults: Any) -> Callable[[F], F]:
     """An option for each setting of `aggregator.plan.RunPlan`, with these defaults instead of its own."""
     import msgspec

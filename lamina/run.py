@@ -15,7 +15,6 @@ Next: `lamina/processes.py`, which keeps them; `aggregator/run.py`, `edge_client
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import time
@@ -31,6 +30,7 @@ from lamina.options import (
     column_option,
     config_option,
     engine_option,
+    model_options,
     pairs,
     plan_options,
     run_until_stopped,
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from aggregator.events import RunClosed
     from lamina.processes import Processes
     from lamina.view import View
-
-SCHEDULES = ["layerwise", "progressive", "end_to_end"]
 
 
 @dataclass(frozen=True)
@@ -68,24 +66,7 @@ class LocalRun:
 
 
 @click.command("run", short_help="All of it on this machine.")
-@click.option(
-    "--schedule",
-    type=click.Choice(SCHEDULES),
-    default="layerwise",
-    show_default=True,
-    help="LW-FedMML, Prog-FedMML or FedMML.",
-)
-@click.option("--model", default="tiny", show_default=True, help="A preset, or package.module:builder.")
-@click.option(
-    "--option", "options", multiple=True, metavar="NAME=JSON", help="An option of the model's builder."
-)
-@click.option(
-    "--warm-start",
-    type=click.Choice(["copy", "fresh"]),
-    default="copy",
-    show_default=True,
-    help="Start a new block as a copy of the one below, or fresh.",
-)
+@model_options
 @click.option(
     "--clients",
     type=click.IntRange(min=1),
@@ -193,10 +174,11 @@ async def conduct(run: LocalRun, view: View) -> RunClosed:
         view.status(f"exporting {run.model} for {run.schedule}, and checking it against torch")
         bundle = run.folder / "bundle"
         await processes.run("export", "export", *_export_arguments(run, bundle))
-        url = run.broker
-        broker_ends: Coroutine[Any, Any, Any] = asyncio.Event().wait()
-        if url is None:
+        broker_ends: Coroutine[Any, Any, Any]
+        if run.broker is None:
             url, broker_ends = await _start_broker(processes)
+        else:
+            url, broker_ends = run.broker, asyncio.Event().wait()
         view.status(f"starting the clients on {url}")
         return await beside(
             _aggregate(run, processes, url, bundle, view),
@@ -302,6 +284,5 @@ def _prepare_emoji(folder: Path, clients: int) -> Path:
     from lamina.data.command import progress_bar
     from lamina.data.emoji import prepare_emoji
 
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(progress_bar())
+    with progress_bar() as progress:
         return prepare_emoji(folder / "data" / f"emoji-{clients}", clients, progress=progress).folder
