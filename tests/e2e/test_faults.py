@@ -43,7 +43,7 @@ def test_a_client_killed_in_the_middle_of_a_round(programs: Programs, broker: St
     clients = programs.clients(broker.url)
     opened = aggregator.until_a(RoundOpened)
     assert opened.cohort == CLIENTS
-    time.sleep(1)
+    time.sleep(0.3)
     begin = time.monotonic()
     clients["bob"].kill()
 
@@ -125,7 +125,7 @@ def test_too_few_updates_at_the_deadline_and_the_round_is_offered_again(
     )
     clients = programs.clients(broker.url)
     aggregator.until_a(RoundOpened)
-    time.sleep(1)
+    time.sleep(0.3)
     clients["ann"].kill()
     aggregator.until_a(ClientLeft)
     time.sleep(14)
@@ -185,7 +185,7 @@ def test_programs_stop_in_order(programs: Programs, broker: Started) -> None:
     aggregator = programs.aggregator(broker.url, "run", *ALL, *SLOW)
     clients = programs.clients(broker.url)
     aggregator.until_a(RoundOpened)
-    time.sleep(1)
+    time.sleep(0.3)
     assert clients["ann"].stop() == 130
     assert aggregator.until_a(ClientLeft).client == "ann"
     assert aggregator.stop() == 130

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,7 @@ from wire.store import Store
 from wire.tasks import beside
 from wire.tensors import Arrays, pack
 
-# The first round lasts long enough for all the lies; the liar leaves the second one unanswered.
-OPTIONS = ("--rounds", "1", "--local-epochs", "40", "--round-deadline-s", "15")
+OPTIONS = ("--rounds", "1", "--local-epochs", "20", "--round-deadline-s", "60")
 HELLO = Hello({"image": 9, "text": 9}, "none", 1000, "0")
 
 
@@ -35,6 +36,9 @@ class Liar:
 
     def delta(self) -> Arrays:
         return {name: np.full(shape, 1e-3, np.float32) for name, shape in self.shapes.items()}
+
+    def nan(self) -> Arrays:
+        return {name: np.full(shape, np.nan, np.float32) for name, shape in self.shapes.items()}
 
     def report(self, content: bytes) -> Report:
         groups = self.manifest.stages[self.offer.key.stage].trainable
@@ -50,8 +54,20 @@ class Liar:
         return (await asyncio.wait_for(self.link.report(report, path), 60)).refusal
 
 
+@contextlib.contextmanager
+def paused(*clients: Started) -> Iterator[None]:
+    """These clients stand still."""
+    for client in clients:
+        client.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for client in clients:
+            client.process.send_signal(signal.SIGCONT)
+
+
 async def lie(url: str, folder: Path, name: str, act: Callable[[Liar], object]) -> None:
-    """Join as `name` and act once, on the first offer that selects us; then stay until the run is over."""
+    """Join as `name` and act on the first offer that selects us; then send NaN until the run is over."""
     store = Store(folder / name)
     announcement = await find_run(Broker.parse(url), name, "run")
     async with Link.open(Broker.parse(url), announcement, name, store) as link:
@@ -61,9 +77,14 @@ async def lie(url: str, folder: Path, name: str, act: Callable[[Liar], object]) 
             offer: Offer | None = None
             acted = False
             while (offer := await link.next_offer(offer)) is not None:
-                if name in offer.cohort and not acted:
+                if name not in offer.cohort:
+                    continue
+                liar = Liar(folder, link, manifest, offer)
+                if acted:  # a refusal is an answer too, so the round need not wait for its deadline
+                    assert await liar.send(pack(liar.nan())) == "not_finite"
+                else:
                     acted = True
-                    await act(Liar(folder, link, manifest, offer))  # type: ignore[misc]
+                    await act(liar)  # type: ignore[misc]
 
         await beside(story(), link.pump(), link.heartbeat(HELLO))
 
@@ -78,6 +99,10 @@ def test_each_refusal_has_its_name_and_the_run_is_unharmed(
     answers: dict[str, str | None] = {}
 
     async def act(liar: Liar) -> None:
+        with paused(*clients.values()):  # the round is open until they have trained
+            await tell_lies(liar)
+
+    async def tell_lies(liar: Liar) -> None:
         good = liar.delta()
         name = next(iter(good))
         nan = {**good, name: np.full_like(good[name], np.nan)}
@@ -100,7 +125,7 @@ def test_each_refusal_has_its_name_and_the_run_is_unharmed(
         )
 
     aggregator = programs.aggregator(broker.url, "run", "--min-available-clients", "3", *OPTIONS)
-    programs.clients(broker.url, "run", ("ann", "bob"))
+    clients = programs.clients(broker.url, "run", ("ann", "bob"))
     asyncio.run(asyncio.wait_for(lie(broker.url, tmp_path, "liar", act), 120))
     aggregator.until_a(RunClosed)
 
@@ -116,8 +141,9 @@ def test_each_refusal_has_its_name_and_the_run_is_unharmed(
         "later stage": "wrong_stage",
         "other groups": "wrong_shape",
     }
-    assert len(aggregator.all(UpdateRefused)) == len(answers)
-    assert aggregator.rows("SELECT COUNT(*) FROM refusals WHERE client = 'liar'") == [(len(answers),)]
+    refused = len(answers) + 1  # and the one of the second round
+    assert len(aggregator.all(UpdateRefused)) == refused
+    assert aggregator.rows("SELECT COUNT(*) FROM refusals WHERE client = 'liar'") == [(refused,)]
     assert [event.accepted for event in aggregator.all(RoundClosed)] == [("ann", "bob")] * 2
     expected = honest.final()
     assert all(np.array_equal(value, expected[name]) for name, value in aggregator.final().items())
@@ -130,20 +156,19 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
 
     async def act(liar: Liar) -> None:
         good = pack(liar.delta())
-        answers["first"] = await liar.send(good)
-        answers["the same again"] = await liar.send(good)
-        answers["another"] = await liar.send(pack({k: 2 * v for k, v in liar.delta().items()}))
+        with paused(*clients.values()):
+            answers["first"] = await liar.send(good)
+            answers["the same again"] = await liar.send(good)
+            answers["another"] = await liar.send(pack({k: 2 * v for k, v in liar.delta().items()}))
+            opened.set()
+            await told.wait()
         while (await liar.link.next_offer(liar.offer)) is not None:  # the round is over by then
             answers["late"] = await liar.send(good)
             break
 
     async def outsider() -> None:
         """Joins when the round is open already, so it is not in the cohort."""
-        await asyncio.sleep(0.5)
-
-        async def never(_liar: Liar) -> None:
-            raise AssertionError("it was selected")
-
+        await opened.wait()
         announcement = await find_run(Broker.parse(broker.url), "outsider", "run")
         store = Store(tmp_path / "outsider")
         async with Link.open(Broker.parse(broker.url), announcement, "outsider", store) as link:
@@ -155,14 +180,17 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
                 assert "outsider" not in offer.cohort
                 liar = Liar(tmp_path, link, manifest, offer)
                 answers["outsider"] = await liar.send(pack(liar.delta()))
+                told.set()
 
             await beside(story(), link.pump())
+
+    opened, told = asyncio.Event(), asyncio.Event()
 
     async def both() -> None:
         await asyncio.gather(lie(broker.url, tmp_path, "liar", act), outsider())
 
     aggregator = programs.aggregator(broker.url, "run", "--min-available-clients", "3", *OPTIONS)
-    programs.clients(broker.url, "run", ("ann", "bob"))
+    clients = programs.clients(broker.url, "run", ("ann", "bob"))
     asyncio.run(asyncio.wait_for(both(), 120))
     aggregator.until_a(RunClosed)
     assert answers == {
