@@ -36,7 +36,7 @@ from aggregator.link import Link
 from aggregator.plan import RunPlan
 from aggregator.state import State
 from wire.errors import PeerError, Silent, UserError
-from wire.manifest import MANIFEST_NAME, BlobRef, Manifest, decode_manifest, parameter_counts
+from wire.manifest import MANIFEST_NAME, BlobRef, Manifest, parameter_counts, read_manifest
 from wire.messages import Announcement, Offer, Receipt, Report, RoundKey, Usage
 from wire.mqtt import Broker, Connection
 from wire.rounds import Event, Role, RoundMachine
@@ -78,20 +78,6 @@ async def conduct(broker: Broker, settings: Settings, books: Books, tell: Tell) 
         record = _record(settings, BlobRef.of(content), books)
         run = Run(settings, record, manifest, content, books, connection, tell)
         return await beside(run.stages(), run.link.pump(settings.plan.announce_s), run.answers.watch())
-
-
-def read_manifest(bundle: Path) -> tuple[Manifest, bytes]:
-    """A bundle's manifest and its bytes. Raises `UserError` where there is none that can be read."""
-    try:
-        content = (bundle / MANIFEST_NAME).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{bundle} holds no bundle: {error.strerror}", "make one with `lamina export`"
-        ) from error
-    try:
-        return decode_manifest(content), content
-    except PeerError as error:
-        raise UserError(f"{bundle / MANIFEST_NAME}: {error}", "export the bundle once more") from error
 
 
 def _record(settings: Settings, manifest: BlobRef, books: Books) -> RunRecord:

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from export.folder import new_folder
 from models.saved import CLASSIFIER_NAME, MODEL_NAME, WEIGHTS_NAME, SavedModel
 from wire.errors import ManifestMismatch, UserError
-from wire.manifest import MANIFEST_NAME, Graph, Manifest, decode_manifest
+from wire.manifest import Graph, Manifest, read_manifest
 from wire.tensors import Array, Arrays, pack
 
 
@@ -36,7 +36,7 @@ def write_final(
     Raises `UserError` for a stage the bundle has not or an `out` that exists, `ManifestMismatch` where
     `parameters` are not the model's.
     """
-    manifest = _manifest(bundle)
+    manifest, _ = read_manifest(bundle)
     number = len(manifest.stages) - 1 if stage is None else stage
     if not 0 <= number < len(manifest.stages):
         raise UserError(f"there is no stage {number + 1}", f"the bundle has {len(manifest.stages)} stages")
@@ -87,12 +87,3 @@ def _values(manifest: Manifest, groups: tuple[str, ...], parameters: Mapping[str
         if parameters[name].shape != shape:
             raise ManifestMismatch(f"{name} is {parameters[name].shape}, expected {shape}")
     return {name: parameters[name] for name in shapes}
-
-
-def _manifest(bundle: Path) -> Manifest:
-    try:
-        return decode_manifest((bundle / MANIFEST_NAME).read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{bundle} holds no bundle: {error.strerror}", "name a folder that export wrote"
-        ) from error

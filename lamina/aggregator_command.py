@@ -88,7 +88,8 @@ def command(
     from aggregator.books import Books
     from aggregator.events import to_json
     from aggregator.plan import RunPlan
-    from aggregator.run import Settings, read_manifest
+    from aggregator.run import Settings
+    from wire.manifest import read_manifest
 
     address = Broker.parse(broker)
     run_plan = RunPlan(**plan)
@@ -106,16 +107,16 @@ def command(
         if holdout is not None:
             settings = replace(settings, evaluate=_evaluate(bundle, manifest, holdout, theirs, folder))
         if as_json:
-            _conduct(address, settings, books, lambda event: click.echo(to_json(event)))
+            _conduct(address, settings, manifest, books, lambda event: click.echo(to_json(event)))
         else:
             with View() as view:
-                _conduct(address, settings, books, view.show)
+                _conduct(address, settings, manifest, books, view.show)
 
 
-def _conduct(address: Broker, settings: Any, books: Any, tell: Tell) -> None:
+def _conduct(address: Broker, settings: Any, manifest: Manifest, books: Any, tell: Tell) -> None:
     """The run, then the final model, then the last event."""
     from aggregator.events import ClientCame, RunClosed
-    from aggregator.run import conduct, read_manifest
+    from aggregator.run import conduct
     from export.final import write_final
 
     engines: set[str] = set()
@@ -126,7 +127,6 @@ def _conduct(address: Broker, settings: Any, books: Any, tell: Tell) -> None:
         tell(event)
 
     values = run_until_stopped(conduct(address, settings, books, listen))
-    manifest, _ = read_manifest(settings.bundle)
     stages = range(len(manifest.stages))
     out = settings.folder / "model"
     write_final(settings.bundle, values, out, force=True)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from wire.errors import Malformed, TooLarge
+from wire.errors import Malformed, PeerError, TooLarge, UserError
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -255,6 +255,20 @@ def decode_manifest(content: bytes) -> Manifest:
         return msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not a manifest: {error}") from error
+
+
+def read_manifest(bundle: Path) -> tuple[Manifest, bytes]:
+    """A bundle's manifest and its bytes. Raises `UserError` where there is none that can be read."""
+    try:
+        content = (bundle / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{bundle} holds no bundle: {error.strerror}", "make one with `lamina export`"
+        ) from error
+    try:
+        return decode_manifest(content), content
+    except PeerError as error:
+        raise UserError(f"{bundle / MANIFEST_NAME}: {error}", "export the bundle once more") from error
 
 
 def parameter_counts(manifest: Manifest) -> Mapping[str, int]:
