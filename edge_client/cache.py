@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.engines import Run
+from edge_client.engines import Run, graph_file
 from inputs.dataset import Dataset
 from wire.errors import UserError
 from wire.manifest import Graph, Manifest
@@ -45,11 +45,16 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One segment to run: `stage`'s, over one modality. Files are None where raw inputs come in."""
+    """One segment to run: `stage`'s, over one modality.
+
+    file: of the bundle, with the graph in the form that the engine's runtime reads.
+    source: the features that go in; None where raw inputs do. target: those that come out.
+    """
 
     modality: str
     stage: int
     graph: Graph
+    file: str
     source: Path | None
     target: Path
 
@@ -74,10 +79,11 @@ class Features:
 
 
 class FeatureCache:
-    """The features of one data set in a folder that nobody else uses."""
+    """The features of one data set in a folder that nobody else uses. engine: whose runtime makes them."""
 
-    def __init__(self, folder: Path, manifest: Manifest, dataset: Dataset) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, dataset: Dataset, engine: str) -> None:
         self._folder = folder
+        self._engine = engine
         self._manifest = manifest
         self._dataset = dataset
 
@@ -136,7 +142,8 @@ class FeatureCache:
             if graph is None:
                 files.append(files[-1])
                 continue
-            parts = key, modality, self._manifest.files[graph.file].sha256, offer.frozen[number].sha256
+            program = self._manifest.files[graph_file(self._engine, graph)].sha256
+            parts = key, modality, program, offer.frozen[number].sha256
             key = hashlib.sha256(" ".join(parts).encode()).hexdigest()
             files.append(self._folder / f"{modality}.{key}.npy")
         return files
@@ -151,7 +158,8 @@ class FeatureCache:
             if self._is_there(target, modality, number):
                 break
             graph = self._manifest.stages[number - 1].segments[modality]
-            steps.append(Step(modality, number - 1, graph, source, target))
+            file = graph_file(self._engine, graph)
+            steps.append(Step(modality, number - 1, graph, file, source, target))
         return steps[::-1]
 
     def _shape(self, modality: str, stage: int) -> tuple[int, ...]:
@@ -174,9 +182,10 @@ class FeatureCache:
             {} if step.source is None else {self._input(step.modality): np.load(step.source, mmap_mode="r")}
         )
         source = Features(self._dataset, frozenset(step.graph.inputs), below)
-        for first in range(0, len(source), BATCH):
+        size = min(BATCH, self._manifest.max_batch_size)
+        for first in range(0, len(source), size):
             if stop.is_set():
                 raise Stopped
-            batch = source.batch(range(first, min(first + BATCH, len(source))))
+            batch = source.batch(range(first, min(first + size, len(source))))
             output = run(batch, parameters)[step.graph.outputs[0]]
             file.write(np.ascontiguousarray(output, np.float32).tobytes())

@@ -129,7 +129,7 @@ class Session:
         self._manifest = bundle.manifest
         self._engine = engine
         self._dataset = dataset
-        self._cache = FeatureCache(device.folder / "features", bundle.manifest, dataset)
+        self._cache = FeatureCache(device.folder / "features", bundle.manifest, dataset, engine)
         self._machine = RoundMachine(Role.CLIENT)
         self._told = (0, 0)  # bytes sent and received that have been reported
 
@@ -181,7 +181,7 @@ class Session:
             frozen = self._manifest.groups_frozen_after(stage)
             values = await self._values(offer.frozen[stage], frozen)
             for step in steps:
-                await self._bundle.need(step.graph.file)
+                await self._bundle.need(step.file)
                 await _in_thread(partial(self._run, step, values))
         return self._cache.features(offer)
 
@@ -195,7 +195,7 @@ class Session:
             path.unlink(missing_ok=True)
 
     def _run(self, step: Step, values: Arrays, stop: StopEvent) -> None:
-        run = open_graph(self._bundle.file(step.graph.file), step.graph, self._device.threads)
+        run = open_graph(self._engine, self._bundle.file, step.graph, self._device.threads)
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:

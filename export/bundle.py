@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from export.engines import EngineFiles, Settings, check_engines, exportable
 from export.folder import new_folder
 from export.graph import content, trace, weights_as_inputs
-from export.ort_training import parameter_order, training_files
 from export.parity import Engines, Parity, check
 from export.schedules import Schedule
 from export.stage import Cut, StageCuts, cut_stages
@@ -37,6 +37,7 @@ from wire.manifest import (
 from wire.tensors import Arrays, pack
 
 INITIAL = "initial.safetensors"
+MAX_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def export_bundle(
     texts: Iterable[str] = (),
     classes: Sequence[str] = (),
     optimizer: AdamW | None = None,
-    engines: Engines | None = None,
+    engines: Sequence[str] | None = None,
+    max_batch_size: int = MAX_BATCH_SIZE,
+    runtimes: Engines | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> Exported:
@@ -77,12 +80,17 @@ def export_bundle(
 
     texts: what the tokenizer is trained on, for a model that reads text.
     classes: label names of a classification model, in the order of its logits.
-    engines: the package `edge_client.engines`, which the check runs the bundle on; None: no check.
+    engines: those to export for; None: all whose files can be made here.
+    max_batch_size: the largest batch to train with.
+    runtimes: the package `edge_client.engines`, which the check runs the bundle on; None: no check.
     seed: of the check's random inputs.
     Raises `UserError` where arguments do not fit, `ParityError` where the bundle does not follow torch.
     """
     _check_model(model, classes)
     optimizer = optimizer or AdamW()
+    makers = EngineFiles(
+        check_engines(exportable() if engines is None else engines), Settings(optimizer, max_batch_size)
+    )
     with new_folder(out, MANIFEST_NAME, force=force) as folder:
         files = _Files()
         for name, size in _tokenizers(model).items():
@@ -90,7 +98,7 @@ def export_bundle(
         values = parameter_values(model)
         files.add(INITIAL, pack(values))
         cuts = cut_stages(model, schedule.stages)
-        stages = tuple(_stage(number, cut, model, optimizer, files) for number, cut in enumerate(cuts))
+        stages = tuple(_stage(number, cut, model, makers, files) for number, cut in enumerate(cuts))
         manifest = Manifest(
             format=FORMAT,
             builder=model.builder,
@@ -100,6 +108,7 @@ def export_bundle(
             modalities=model.modalities,
             classes=tuple(classes),
             optimizer=optimizer,
+            max_batch_size=max_batch_size,
             parameters={name: Parameter(group_of(name), value.shape) for name, value in values.items()},
             stages=stages,
             initial=INITIAL,
@@ -110,7 +119,7 @@ def export_bundle(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
-        parity = check(folder, manifest, model, cuts, engines, seed=seed) if engines else None
+        parity = check(folder, manifest, model, cuts, runtimes, seed=seed) if runtimes else None
     return Exported(manifest, parity)
 
 
@@ -119,16 +128,9 @@ def parameter_values(model: Model) -> Arrays:
     return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
 
 
-def _stage(number: int, cuts: StageCuts, model: Model, optimizer: AdamW, files: _Files) -> Stage:
-    names = cuts.train.torch_names(model)
-    roles = training_files(trace(cuts.train), list(names), optimizer)
-    engine = {
-        role: files.add(f"ort-training/stage{number}.{role}{'' if role == 'checkpoint' else '.onnx'}", data)
-        for role, data in roles.items()
-    }
-
-    def graph(kind: str, cut: Cut) -> Graph:
-        return _graph(f"graphs/stage{number}.{kind}.onnx", cut, model, files)
+def _stage(number: int, cuts: StageCuts, model: Model, makers: EngineFiles, files: _Files) -> Stage:
+    def graph(kind: str, cut: Cut, *, on_device: bool = False) -> Graph:
+        return _graph(f"stage{number}.{kind}", cut, model, files, makers if on_device else None)
 
     plan = cuts.plan
     return Stage(
@@ -137,19 +139,36 @@ def _stage(number: int, cuts: StageCuts, model: Model, optimizer: AdamW, files: 
         rounds=plan.rounds,
         warm_start=dict(plan.warm_start),
         inputs=cuts.train.inputs,
-        parameters={name: names[name] for name in parameter_order(roles["train"], list(names))},
-        engines={"ort-training": engine},
-        segments={name: graph(f"{name}.segment", cut) for name, cut in cuts.segments.items()},
+        parameters=cuts.train.torch_names(model),
+        engines={
+            engine: {
+                role: files.add(f"{engine}/stage{number}.{role}.{ending}", data)
+                for role, (ending, data) in made.items()
+            }
+            for engine, made in makers.of_step(cuts.train).items()
+        },
+        segments={
+            name: graph(f"{name}.segment", cut, on_device=True) for name, cut in cuts.segments.items()
+        },
         encoders={name: graph(f"{name}.encoder", cut) for name, cut in cuts.encoders.items()},
         classifier=graph("classifier", cuts.classifier) if cuts.classifier else None,
     )
 
 
-def _graph(file: str, cut: Cut, model: Model, files: _Files) -> Graph:
+def _graph(name: str, cut: Cut, model: Model, files: _Files, makers: EngineFiles | None) -> Graph:
+    """makers: of a graph that devices run, too."""
     names = cut.torch_names(model)
     onnx_model = trace(cut)
     weights_as_inputs(onnx_model, list(names))
-    return Graph(files.add(file, content(onnx_model)), tuple(cut.inputs), cut.outputs, names)
+    data = content(onnx_model)
+    program = makers.program(cut, data) if makers else None
+    return Graph(
+        file=files.add(f"graphs/{name}.onnx", data),
+        inputs=tuple(cut.inputs),
+        outputs=cut.outputs,
+        parameters=names,
+        program=None if program is None else files.add(f"graphs/{name}.pte", program),
+    )
 
 
 def _tokenizers(model: Model) -> dict[str, int]:

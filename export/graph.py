@@ -26,6 +26,7 @@ OPSET = 17
 IR_VERSION = 8
 PRODUCER = "lamina"
 _TRACE_BATCH = 3  # not 1, which the exporter could take for a broadcast axis
+BATCH = "batch"  # the open axis
 
 
 def trace(cut: Cut) -> ModelProto:
@@ -44,7 +45,7 @@ def trace(cut: Cut) -> ModelProto:
             opset_version=OPSET,
             input_names=list(cut.inputs),
             output_names=list(cut.outputs),
-            dynamic_axes={name: {0: "batch"} for name in cut.inputs},
+            dynamic_axes={name: {0: BATCH} for name in cut.inputs},
             do_constant_folding=False,
             training=torch.onnx.TrainingMode.PRESERVE,
         )
@@ -88,7 +89,7 @@ def _declare_outputs(model: ModelProto, cut: Cut) -> None:
         shape = output.type.tensor_type.shape
         for axis, dim in enumerate(shape.dim):
             if not dim.HasField("dim_value"):
-                dim.dim_param = "batch" if axis == 0 else f"{output.name}_{axis}"
+                dim.dim_param = BATCH if axis == 0 else f"{output.name}_{axis}"
     del model.graph.value_info[:]
     assert [output.name for output in model.graph.output] == list(cut.outputs)
     assert all(tensor.data_type == TensorProto.FLOAT for tensor in model.graph.initializer)

@@ -1,7 +1,8 @@
 """The `ort-training` engine's files: train, eval and optimizer graphs and a checkpoint without weights.
 
 Rules: every parameter of the stage's graph trains, so all require a gradient; what is frozen is not in
-it. The checkpoint is a nominal one (names, no values): devices copy the offered values into it. AdamW
+it, in the order given: that of the engine's flat buffer. The checkpoint is a nominal one (names, no
+values): devices copy the offered values into it. AdamW
 follows torch.optim.AdamW, whose weight decay comes before the step (`adam_mode` 0).
 
 Next: `edge_client/engines/ort_training.py`, which runs these.
@@ -47,6 +48,8 @@ def training_files(model: ModelProto, parameters: list[str], optimizer: AdamW) -
             graph = onnx.load(folder / file)
             normalise(graph)
             files[role] = content(graph)
+            order = [value.name for value in graph.graph.input if value.name in parameters]
+            assert order == parameters, "the flat buffer has another order"
     return files | {"optimizer": content(_adamw(optimizer))}
 
 
@@ -62,12 +65,6 @@ def _quiet_stderr() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-def parameter_order(train: bytes, parameters: list[str]) -> list[str]:
-    """`parameters` in the order of the train graph's inputs, which is that of the engine's flat buffer."""
-    wanted = set(parameters)
-    return [value.name for value in onnx.load_from_string(train).graph.input if value.name in wanted]
 
 
 def _add_norm_statistics(model: ModelProto) -> None:

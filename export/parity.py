@@ -26,10 +26,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from export.engines import EXECUTORCH
 from export.stage import Cut, StageCuts, TrainCut, example
 from models.model import LABEL, Model
 from wire.errors import LaminaError
-from wire.manifest import AdamW, Graph, Manifest
+from wire.manifest import AdamW, Graph, Manifest, Stage
 from wire.tensors import Array, Arrays
 
 STEPS = 5
@@ -64,8 +65,9 @@ class Engines(Protocol):
     def open_engine(  # noqa: D102
         self, name: str, file: Callable[[str], Path], manifest: Manifest, stage: int, threads: int = 1
     ) -> Engine: ...
+    def graph_file(self, engine: str, graph: Graph) -> str: ...  # noqa: D102
     def open_graph(  # noqa: D102
-        self, path: Path, graph: Graph, threads: int = 1
+        self, engine: str, file: Callable[[str], Path], graph: Graph, threads: int = 1
     ) -> Callable[[Mapping[str, AnyArray], Mapping[str, Array]], dict[str, Array]]: ...
 
 
@@ -158,24 +160,21 @@ def _check(
         generator = torch.Generator().manual_seed(seed + number)
         batches = [example(cut.train.inputs, size, limits, generator) for size in BATCH_SIZES]
         losses, after = reference(cut.train, model, batches, manifest.optimizer, LEARNING_RATE)
-        for name in [engine for engine in stage.engines if engine in usable]:
+        names = [engine for engine in stage.engines if engine in usable]
+        for name in names:
             engine = engines.open_engine(name, folder.joinpath, manifest, number)
             _check_engine(f"stage {number + 1} on {name}", engine, values, batches, losses, after, worst)
             engine.close()
             checked[name] = None
-        pairs: list[tuple[Cut, Graph]] = [
-            (cut.segments[name], stage.segments[name]) for name in stage.segments
-        ]
-        pairs += [(cut.encoders[name], stage.encoders[name]) for name in stage.encoders]
-        if cut.classifier is not None and stage.classifier is not None:
-            pairs.append((cut.classifier, stage.classifier))
-        for one, graph in pairs:
+        for name, one, graph in _graphs(cut, stage, names):
             inputs = example(one.inputs, BATCH_SIZES[-1], limits, generator)
-            got = engines.open_graph(folder / graph.file, graph)(to_numpy(inputs), values)[graph.outputs[0]]
+            run = engines.open_graph(name, folder.joinpath, graph)
+            got = run(to_numpy(inputs), values)[graph.outputs[0]]
             with torch.no_grad():
                 expected = one(*inputs.values()).numpy()
-            worst.add("output", f"stage {number + 1}, {graph.file}", relative_l2(got, expected))
-        num_graphs += len(pairs)
+            file = engines.graph_file(name, graph)
+            worst.add("output", f"stage {number + 1}, {file}", relative_l2(got, expected))
+            num_graphs += 1
     parameter_error, parameter = worst.of("parameter")
     return Parity(
         engines=tuple(checked),
@@ -186,6 +185,16 @@ def _check(
         output_error=worst.of("output")[0],
         seconds=time.monotonic() - begin,
     )
+
+
+def _graphs(cuts: StageCuts, stage: Stage, usable: Sequence[str]) -> Iterator[tuple[str, Cut, Graph]]:
+    """Each inference graph with an engine that runs it: segments on all, the others on an ONNX Runtime."""
+    for name, graph in stage.segments.items():
+        yield from ((engine, cuts.segments[name], graph) for engine in usable)
+    for engine in [name for name in usable if name != EXECUTORCH][:1]:
+        yield from ((engine, cuts.encoders[name], graph) for name, graph in stage.encoders.items())
+        if cuts.classifier is not None and stage.classifier is not None:
+            yield engine, cuts.classifier, stage.classifier
 
 
 def reference(

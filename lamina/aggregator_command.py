@@ -94,6 +94,11 @@ def command(
     address = Broker.parse(broker)
     run_plan = RunPlan(**plan)
     manifest, _ = read_manifest(bundle)
+    if run_plan.batch_size > manifest.max_batch_size:
+        raise UserError(
+            f"batch_size is {run_plan.batch_size}, and {bundle} takes at most {manifest.max_batch_size}",
+            "lower it, or export with a larger --max-batch-size",
+        )
     settings = Settings(
         name=check_name(name, "the run's name"),
         bundle=bundle,

@@ -35,7 +35,7 @@ from wire.topics import check_name
 )
 @click.option("--name", help="Unique in the run.  [default: the host's name]")
 @click.option("--run", help="The run to join.  [default: the newest open one]")
-@engine_option
+@engine_option()
 @click.option(
     "--threads",
     type=click.IntRange(min=0),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.engines import open_graph
+from edge_client.engines import ONNX, open_graph
 from inputs.dataset import LABEL, Dataset
 from models.saved import CLASSIFIER_NAME, SavedModel
 from wire.manifest import Graph, Manifest
@@ -39,7 +39,7 @@ def evaluate_stage(
     entry = manifest.stages[stage]
 
     def opened(graph: Graph) -> Encode:
-        run = open_graph(bundle / graph.file, graph, threads)
+        run = open_graph(ONNX, bundle.joinpath, graph, threads)
         return lambda inputs: run(inputs, parameters)[graph.outputs[0]]
 
     encoders = {name: opened(graph) for name, graph in entry.encoders.items()}
@@ -50,7 +50,7 @@ def evaluate_model(folder: Path, saved: SavedModel, dataset: Dataset, threads: i
     """Metrics of a final model's folder."""
 
     def opened(file: str, inputs: tuple[str, ...], output: str) -> Encode:
-        run = open_graph(folder / file, Graph(file, inputs, (output,), {}), threads)
+        run = open_graph(ONNX, folder.joinpath, Graph(file, inputs, (output,), {}), threads)
         return lambda arrays: run(arrays, {})[output]
 
     encoders = {

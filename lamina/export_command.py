@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lamina.options import column_option, config_option, model_options, pairs
 from wire.errors import UserError
+
+if TYPE_CHECKING:
+    from wire.manifest import Manifest
 
 
 @click.command("export", short_help="Write the training artifacts of every stage.")
@@ -43,6 +46,19 @@ from wire.errors import UserError
 @click.option(
     "--check/--no-check", default=True, show_default=True, help="Compare every artifact with torch."
 )
+@click.option(
+    "--engine",
+    "names",
+    multiple=True,
+    help="An engine to export for; may be repeated.  [default: all that can be made here]",
+)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(1, 2**16),
+    default=64,
+    show_default=True,
+    help="The largest batch that a run may train with.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option(
     "--out",
@@ -68,6 +84,8 @@ def command(
     weight_decay: float,
     seed: int,
     check: bool,
+    names: tuple[str, ...],
+    max_batch_size: int,
     force: bool,
     out: Path,
     as_json: bool,
@@ -101,27 +119,48 @@ def command(
         texts=texts,
         classes=classes if built.task == "classification" else (),
         optimizer=AdamW(beta1, beta2, eps, weight_decay),
-        engines=engines if check else None,
+        engines=names or None,
+        max_batch_size=max_batch_size,
+        runtimes=engines if check else None,
         seed=seed,
         force=force,
     )
     manifest, counts = exported.manifest, parameter_counts(exported.manifest)
     stages = [sum(counts[group] for group in stage.trainable) for stage in manifest.stages]
+    sizes = {name: _size(manifest, name) for name in manifest.stages[0].engines}
     if as_json:
         parity = None
         if exported.parity:
             parity = {"loss": exported.parity.loss_error, "parameter": exported.parity.parameter_error}
         size = sum(ref.size_bytes for ref in manifest.files.values())
-        result = {"bundle": str(out), "schedule": schedule, "trained_parameters": stages}
-        click.echo(json.dumps(result | {"size_bytes": size, "relative_error": parity}))
+        result: dict[str, Any] = {"bundle": str(out), "schedule": schedule, "trained_parameters": stages}
+        result |= {"size_bytes": size, "engine_bytes": sizes, "relative_error": parity}
+        click.echo(json.dumps(result))
         return
     for number, (stage, count) in enumerate(zip(manifest.stages, stages, strict=True), 1):
         click.echo(
             f"stage {number}: {count:,} parameters in {', '.join(stage.trainable)}; {stage.rounds} rounds"
         )
+    for engine, size in sizes.items():
+        click.echo(f"a client with {engine} fetches {size / 1e3:,.0f} kB of graphs, all stages together")
     if exported.parity:
         click.echo(str(exported.parity))
     click.echo(f"bundle in {out}")
+
+
+def _size(manifest: Manifest, engine: str) -> int:
+    """Bytes of the files that a client with this engine fetches in a whole run, parameters apart."""
+    from edge_client.engines import graph_file
+
+    names = {
+        name
+        for stage in manifest.stages
+        for name in (
+            *stage.engines[engine].values(),
+            *(graph_file(engine, graph) for graph in stage.segments.values()),
+        )
+    }
+    return sum(manifest.files[name].size_bytes for name in names)
 
 
 def _examples(folders: Iterable[Path], columns: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -39,17 +39,12 @@ def broker_option(**settings: Any) -> Callable[[F], F]:
     )
 
 
-def engine_option(function: F) -> F:
+def engine_option(**settings: Any) -> Callable[[F], F]:
     """`--engine`, what runs a client's train steps."""
     from edge_client.engines import AUTO, ENGINES
 
-    return click.option(
-        "--engine",
-        type=click.Choice([AUTO, *ENGINES]),
-        default=AUTO,
-        show_default=True,
-        help="What runs a client's train steps.",
-    )(function)
+    words: dict[str, Any] = {"default": AUTO, "show_default": True, "help": "What runs the train steps."}
+    return click.option("--engine", type=click.Choice([AUTO, *ENGINES]), **(words | settings))
 
 
 def column_option(function: F) -> F:

@@ -18,7 +18,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalRun:
-    """What the options say. folder: of this run. broker: None for our own. plan: aggregator options."""
+    """What the options say.
+
+    folder: of this run. broker: None for our own. engines: of the clients, in turn.
+    plan: aggregator options.
+    """
 
     name: str
     folder: Path
@@ -59,7 +63,7 @@ class LocalRun:
     options: tuple[str, ...]
     warm_start: str
     columns: tuple[str, ...]
-    engine: str
+    engines: tuple[str, ...]
     threads: int
     broker: str | None
     plan: dict[str, Any]
@@ -81,7 +85,12 @@ class LocalRun:
 )
 @broker_option()
 @column_option
-@engine_option
+@engine_option(
+    multiple=True,
+    default=["auto"],
+    show_default=False,
+    help="What runs the clients' train steps; may be repeated: the clients take turns.  [default: auto]",
+)
 @click.option(
     "--threads",
     type=click.IntRange(min=0),
@@ -109,7 +118,7 @@ def command(
     data: Path | None,
     broker: str | None,
     columns: tuple[str, ...],
-    engine: str,
+    engine: tuple[str, ...],
     threads: int,
     folder: Path,
     name: str | None,
@@ -144,7 +153,7 @@ def command(
         options=options,
         warm_start=warm_start,
         columns=columns,
-        engine=engine,
+        engines=tuple(engines_of(engine)),
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
         broker=broker,
         plan=plan,
@@ -155,6 +164,14 @@ def command(
         closed = run_until_stopped(conduct(run, view))
     if as_json:
         click.echo(json.dumps(as_result(closed)))
+
+
+def engines_of(names: tuple[str, ...]) -> Iterator[str]:
+    """The engines that these names mean here. Raises `UserError` for one that cannot run."""
+    from edge_client.engines import ENGINES, choose
+
+    for name in names:
+        yield choose(name, ENGINES)
 
 
 def as_result(closed: RunClosed) -> dict[str, Any]:
@@ -242,6 +259,8 @@ def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     arguments = ["--model", run.model, "--schedule", run.schedule, "--warm-start", run.warm_start]
     arguments += ["--seed", str(run.plan["seed"])]
     arguments += [word for option in run.options for word in ("--option", option)]
+    arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
+    arguments += ["--max-batch-size", str(run.plan["batch_size"])]
     arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
     return [*arguments, *_columns(run), "--out", str(bundle)]
 
@@ -259,7 +278,8 @@ def _aggregator_arguments(run: LocalRun, url: str, bundle: Path) -> list[str]:
 def _client_arguments(run: LocalRun, url: str, client: str) -> list[str]:
     arguments = ["--broker", url, "--data", str(run.data / "clients" / client), "--name", client]
     arguments += ["--run", run.name, "--dir", str(run.folder / "clients" / client)]
-    return [*arguments, *_columns(run), "--engine", run.engine, "--threads", str(run.threads)]
+    engine = run.engines[run.clients.index(client) % len(run.engines)]
+    return [*arguments, *_columns(run), "--engine", engine, "--threads", str(run.threads)]
 
 
 def _columns(run: LocalRun) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from wire.manifest import AdamW
 BUILDER = "models.image_text:image_text"
 TEXTS = ["a red fox jumps over a lazy dog", "Blue whales sing", "the cat sat on the mat", "hello world"]
 CLASSES = ("cat", "dog", "fox")
+FAST = ("onnx", "ort-training")  # engines whose files are made in a second or two
 
 
 def small(
@@ -65,7 +66,8 @@ def bundle(
     schedule: str = "layerwise",
     *,
     optimizer: AdamW | None = None,
-    engines: Any = None,
+    engines: Sequence[str] = FAST,
+    runtimes: Any = None,
     force: bool = False,
     **options: Any,
 ) -> Exported:
@@ -77,6 +79,7 @@ def bundle(
         classes=CLASSES if model.task == "classification" else (),
         optimizer=optimizer,
         engines=engines,
+        runtimes=runtimes,
         force=force,
     )
 

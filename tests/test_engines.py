@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import subprocess
 import sys
@@ -13,8 +14,7 @@ import torch
 from small_models import arrays, bundle, small, values_of
 
 import edge_client.engines as engines
-from edge_client.engines import AUTO, ENGINES, open_engine
-from edge_client.engines.ort_training import OrtTraining
+from edge_client.engines import AUTO, ENGINES, ONNX, available, choose, onnx_runtime, open_engine
 from export.parity import input_limits, parameter_error, reference
 from export.schedules import SCHEDULES
 from export.stage import cut_stages, example
@@ -33,6 +33,11 @@ CASES = [
     for engine, head, schedule in itertools.product(ENGINES, HEADS, NUM_STAGES)
     for stage in range(NUM_STAGES[schedule])
 ]
+
+
+def engine_class(name):
+    module, _, attribute = ENGINES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class Case:
@@ -65,7 +70,8 @@ def case(tmp_path_factory):
         key = (head, schedule, optimizer)
         if key not in made:
             model, folder = small(head), tmp_path_factory.mktemp("bundle") / "bundle"
-            made[key] = Case(model, bundle(model, folder, schedule, optimizer=optimizer), folder, schedule)
+            exported = bundle(model, folder, schedule, optimizer=optimizer, engines=tuple(ENGINES))
+            made[key] = Case(model, exported, folder, schedule)
         return made[key]
 
     return make
@@ -98,7 +104,7 @@ def test_a_graph_that_cannot_be_loaded_is_said_in_one_line(case, tmp_path, conte
         (tmp_path / "graph.onnx").write_bytes(content)
     graph = case().manifest.stages[0].encoders["image"]
     with pytest.raises(UserError, match=r"graph\.onnx cannot be loaded") as caught:
-        engines.open_graph(tmp_path / "graph.onnx", graph)
+        engines.open_graph(ONNX, lambda _: tmp_path / "graph.onnx", graph)
     assert "\n" not in str(caught.value)
 
 
@@ -209,18 +215,34 @@ def test_a_call_before_load_is_our_own_fault(case, engine):
             call()
 
 
-def test_auto_takes_what_is_there(case):
-    assert engines.available() == list(ENGINES)
-    assert isinstance(case().open(AUTO, 0), OrtTraining)
+def test_auto_takes_the_first_that_runs(case, monkeypatch):
+    assert available() == list(ENGINES)
+    for name in ENGINES:
+        assert choose(AUTO, ENGINES) == name
+        monkeypatch.setattr(engine_class(name), "unusable", staticmethod(lambda: "it is not there"))
 
 
-def test_a_missing_runtime_names_what_to_install(case, monkeypatch):
-    monkeypatch.setattr(OrtTraining, "unusable", staticmethod(lambda: "it is not there"))
-    assert engines.available() == []
-    for name in (AUTO, "ort-training"):
-        with pytest.raises(UserError) as caught:
-            case().open(name, 0)
-        assert "lamina[ort-training]" in caught.value.hint
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_missing_runtime_names_what_to_install(case, monkeypatch, engine):
+    extra = f"lamina[{'client' if engine == ONNX else engine}]"
+    monkeypatch.setattr(engine_class(engine), "unusable", staticmethod(lambda: "it is not there"))
+    assert engine not in available()
+    with pytest.raises(UserError, match=f"{engine} cannot run here: it is not there") as caught:
+        case().open(engine, 0)
+    assert extra in caught.value.hint
+    for name in ENGINES:
+        monkeypatch.setattr(engine_class(name), "unusable", staticmethod(lambda: "it is not there"))
+    with pytest.raises(UserError, match="none of the bundle's engines") as caught:
+        case().open(AUTO, 0)
+    assert extra in caught.value.hint
+
+
+def test_two_packages_that_overwrite_each_other_are_told_apart(monkeypatch):
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: name)
+    with pytest.raises(UserError, match="are both installed") as caught:
+        onnx_runtime.onnxruntime()
+    assert "pip uninstall" in caught.value.hint
 
 
 def test_a_runtime_that_only_infers_is_refused(case, monkeypatch):
@@ -234,7 +256,8 @@ def test_an_unknown_engine_is_refused(case):
         case().open("abacus", 0)
 
 
-def test_a_device_loads_neither_torch_nor_onnx(case):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_device_loads_neither_torch_nor_onnx(case, engine):
     """Though both are installed here; and the training package can be imported afterwards."""
     one = case()
     program = f"""
@@ -248,7 +271,7 @@ folder = Path({str(one.folder)!r})
 manifest = decode_manifest((folder / "manifest.json").read_bytes())
 values = unpack_file(folder / manifest.initial, manifest.shapes_of(manifest.stages[0].trainable) | {{
     name: parameter.shape for name, parameter in manifest.parameters.items()}})
-with open_engine("auto", folder.joinpath, manifest, 0) as engine:
+with open_engine({engine!r}, folder.joinpath, manifest, 0) as engine:
     engine.load(values)
     inputs = manifest.stages[0].inputs
     batch = {{name: np.ones((2, *spec.shape), spec.dtype) for name, spec in inputs.items()}}
@@ -269,7 +292,9 @@ from onnxruntime.training import artifacts
 def test_the_preset_tiny_trains(engine, tmp_path):
     torch.manual_seed(0)
     model = build("tiny")
-    one = Case(model, bundle(model, tmp_path / "bundle"), tmp_path / "bundle", "layerwise")
+    one = Case(
+        model, bundle(model, tmp_path / "bundle", engines=(engine,)), tmp_path / "bundle", "layerwise"
+    )
     batches = one.batches(1, size=8, last=3)
     losses, after = one.torch_steps(1, batches)
     with one.open(engine, 1, threads=2) as opened:

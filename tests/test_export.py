@@ -14,7 +14,7 @@ import torch
 from small_models import CLASSES, TEXTS, arrays, bundle, small, three, values_of
 
 import edge_client.engines as engines
-from edge_client.engines import open_graph
+from edge_client.engines import ONNX, open_graph
 from export import parity
 from export.bundle import export_bundle
 from export.parity import ParityError, input_limits
@@ -86,7 +86,7 @@ def test_the_prefix_and_the_head_are_the_model(exported, task):
     fed = dict(raw)
     for stage in manifest.stages:
         for name, graph in stage.segments.items():
-            fed[name] = open_graph(folder / graph.file, graph)(fed, values)["features"]
+            fed[name] = open_graph(ONNX, folder.joinpath, graph)(fed, values)["features"]
     assert [set(stage.segments) for stage in manifest.stages] == [
         {"image", "text"},
         {"image", "text"},
@@ -108,10 +108,10 @@ def test_encoders_are_the_model_cut_at_the_stage(exported, task):
         expected = model.embed(raw)
         got = {}
         for name, graph in stage.encoders.items():
-            got[name] = open_graph(folder / graph.file, graph, 2)(arrays(raw), values)["embedding"]
+            got[name] = open_graph(ONNX, folder.joinpath, graph, 2)(arrays(raw), values)["embedding"]
             np.testing.assert_allclose(got[name], expected[name].detach(), rtol=1e-4, atol=1e-6)
         if stage.classifier is not None:
-            logits = open_graph(folder / stage.classifier.file, stage.classifier)(got, values)["logits"]
+            logits = open_graph(ONNX, folder.joinpath, stage.classifier)(got, values)["logits"]
             np.testing.assert_allclose(logits, model.head.logits(expected).detach(), rtol=1e-4, atol=1e-6)
     assert (stage.classifier is None) == (task == "contrastive")
 
@@ -133,7 +133,7 @@ def test_stages_of_one_shape_share_their_files(tmp_path):
     manifest = bundle(small(image_blocks=4, text_blocks=4), tmp_path / "bundle").manifest
     first, *later = manifest.stages
     assert all(stage.engines == later[0].engines for stage in later)
-    assert first.engines["ort-training"]["train"] != later[0].engines["ort-training"]["train"]
+    assert first.engines["onnx"]["train"] != later[0].engines["onnx"]["train"]
     assert first.engines["ort-training"]["optimizer"] == later[0].engines["ort-training"]["optimizer"]
     files = [stage.segments["image"].file for stage in manifest.stages[:-1]]
     assert files[0] != files[1] == files[2]
@@ -144,7 +144,7 @@ def test_stages_of_one_shape_share_their_files(tmp_path):
 
 
 def test_a_modality_that_ran_out_of_blocks_stays_as_it_is(tmp_path):
-    manifest = bundle(small(image_blocks=3, text_blocks=1), tmp_path / "bundle", engines=engines).manifest
+    manifest = bundle(small(image_blocks=3, text_blocks=1), tmp_path / "bundle", runtimes=engines).manifest
     assert [set(stage.segments) for stage in manifest.stages] == [{"image", "text"}, {"image"}, set()]
     assert not any(group.startswith("text.") for group in manifest.stages[2].trainable)
     assert "head.projections.text.norm.weight" in manifest.stages[2].parameters.values()
@@ -190,22 +190,22 @@ bundle(small(), Path({str(tmp_path / "bundle")!r}))
 
 
 def test_the_check_reports_and_is_tight(tmp_path):
-    done = bundle(small("classification"), tmp_path / "bundle", engines=engines)
+    done = bundle(small("classification"), tmp_path / "bundle", runtimes=engines)
     report = done.parity
     assert report is not None
-    assert report.engines == ("ort-training",)
-    assert report.num_graphs == 3 * 2 + 4 + 3
+    assert report.engines == ("onnx", "ort-training")
+    assert report.num_graphs == 3 * 2 + 2 * 4 + 3
     assert 0 < report.loss_error < 1e-4
     assert 0 < report.parameter_error < 1e-3
     assert report.output_error < 1e-5
-    assert "follows torch on ort-training" in str(report)
+    assert "follows torch on onnx, ort-training" in str(report)
     assert "\n" not in str(report)
 
 
 def test_three_modalities_and_several_blocks_a_stage(tmp_path):
     torch.manual_seed(0)
     model = build("small_models:three", width=16, blocks=3)
-    done = bundle(model, tmp_path / "bundle", engines=engines, blocks_per_stage=2)
+    done = bundle(model, tmp_path / "bundle", runtimes=engines, blocks_per_stage=2)
     first, second = done.manifest.stages
     assert set(first.segments) == {"left", "right", "text"}
     assert second.inputs["right"].shape == (16, 16)
@@ -221,9 +221,12 @@ class Off:
     def available(self):
         return engines.available()
 
-    def open_graph(self, path, graph, threads=1):
-        run = engines.open_graph(path, graph, threads)
-        wrong = self.what in path.name
+    def graph_file(self, engine, graph):
+        return engines.graph_file(engine, graph)
+
+    def open_graph(self, engine, file, graph, threads=1):
+        run = engines.open_graph(engine, file, graph, threads)
+        wrong = self.what in graph.file
         return lambda inputs, values: {
             k: v * (1.01 if wrong else 1) for k, v in run(inputs, values).items()
         }
@@ -243,16 +246,16 @@ class Off:
 @pytest.mark.parametrize(
     ("what", "names"),
     [
-        ("loss", "stage 1 on ort-training, loss of step 1"),
+        ("loss", "stage 1 on onnx, loss of step 1"),
         ("nan", "evaluation"),
-        ("text.blocks.1.up.weight", "stage 2 on ort-training, text.blocks.1.up.weight"),
+        ("text.blocks.1.up.weight", "stage 2 on onnx, text.blocks.1.up.weight"),
         ("stage0.text.segment", "stage0.text.segment"),
         ("stage1.image.encoder", "stage1.image.encoder"),
     ],
 )
 def test_a_bundle_that_does_not_follow_torch_is_not_left_behind(tmp_path, what, names):
     with pytest.raises(ParityError, match=names):
-        bundle(small(), tmp_path / "bundle", engines=Off(what))
+        bundle(small(), tmp_path / "bundle", runtimes=Off(what))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,8 @@ A bundle is a folder of files and `manifest.json`. The manifest names every para
 order, and says for each stage which parameter groups train, which are frozen, and which graph files
 run them. Graphs never hold weights: every parameter is a graph input (or, for the `ort-training`
 engine, a checkpoint entry) under a name of the graph's own, and a `Graph` or `Stage` maps that name to
-the parameter's torch name. So two blocks of one shape share one graph file, and a device fetches it once.
+the parameter's torch name. ExecuTorch knows its inputs by their order: that of these maps. So two blocks
+of one shape share one graph file, and a device fetches it once.
 
 A modality's first input (`image`, `text`) is raw data at stage 0 and the frozen prefix's features from
 then on; its other inputs, such as `text_mask`, pass through every stage unchanged.
@@ -25,7 +26,7 @@ import msgspec
 
 from wire.errors import Malformed, PeerError, TooLarge, UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
@@ -103,12 +104,15 @@ class Graph(msgspec.Struct, frozen=True):
     inputs: data inputs, each `[B, *shape]`.
     outputs: output names in the graph's order.
     parameters: graph input name -> torch name.
+    program: name of the ExecuTorch file of the same graph, where the bundle has one; it takes the
+        inputs, then the parameters, in these orders.
     """
 
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     parameters: dict[str, str]
+    program: str | None = None
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -118,7 +122,8 @@ class Stage(msgspec.Struct, frozen=True):
     warm_start: group -> group whose values it takes when the stage begins (same shapes).
     inputs: everything the train step is fed, without the batch dimension.
     parameters: the train step's parameter name -> torch name, in the train step's own order.
-    engines: engine -> role -> file name (`ort-training`: train, eval, optimizer, checkpoint).
+    engines: engine -> role -> file name (`ort-training`: train, eval, optimizer, checkpoint; `onnx`: train,
+        eval; `executorch`: program).
     segments: modality -> the graph that turns this stage's inputs of that modality into the next
         stage's, once the groups trained here are frozen. A modality whose blocks are all trained by an
         earlier stage has none.
@@ -158,6 +163,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     builder: `package.module:builder` that makes the torch module, with `builder_options` as keywords.
     classes: label names of a classification model, in the order of its logits.
+    max_batch_size: the most examples that a train step or a segment takes at once; ExecuTorch plans its
+        memory for so many, the other engines take more.
     parameters: torch name -> parameter, in the one order used everywhere.
     initial: file with every parameter's initial value (safetensors, torch names).
     files: file name -> content; names are relative, with forward slashes.
@@ -171,6 +178,7 @@ class Manifest(msgspec.Struct, frozen=True):
     modalities: dict[str, Modality]
     classes: tuple[str, ...]
     optimizer: AdamW
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
     parameters: dict[str, Parameter]
     stages: tuple[Stage, ...]
     initial: str
@@ -210,6 +218,8 @@ class Manifest(msgspec.Struct, frozen=True):
                 yield from roles.values()
             for graph in stage.graphs:
                 yield graph.file
+                if graph.program is not None:
+                    yield graph.program
 
     def _named_parameters(self) -> Iterator[str]:
         for stage in self.stages:

@@ -1,10 +1,11 @@
 """Engines: what runs a train step on the device. numpy in, numpy out, one protocol for all.
 
 Rules: an engine is one file here and one line in `ENGINES`. It runs one stage of one bundle; a session of
-it is `load`, then `train_step`s, then `parameters`. The contract test (`tests/test_engines.py`) runs on
-every engine in the table. Graphs that only infer (segments, encoders) run by `open_graph`.
+it is `load`, then `train_step`s, then `parameters`. Its runtime also runs the graphs that only infer, by
+`open_graph`, so a device installs one runtime. The contract test (`tests/test_engines.py`) runs on every
+engine in the table.
 
-Next: `edge_client/engines/ort_training.py`, the first engine; `edge_client/train.py`, which drives one.
+Next: `edge_client/engines/onnx.py`, the plainest one; `edge_client/train.py`, which drives one.
 """
 
 from __future__ import annotations
@@ -16,29 +17,35 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from edge_client.engines.runtime import Run, open_graph
+from edge_client.engines.onnx_runtime import Run
 from wire.errors import UserError
-from wire.manifest import Manifest
+from wire.manifest import Graph, Manifest
 from wire.tensors import Array, Arrays
 
 __all__ = [
     "AUTO",
     "ENGINES",
+    "ONNX",
     "Batch",
     "BundleFile",
     "Engine",
     "Run",
     "available",
     "choose",
+    "graph_file",
     "open_engine",
     "open_graph",
 ]
 
 AUTO = "auto"
+ONNX = "onnx"
 ENGINES: dict[str, str] = {  # in the order in which `auto` prefers them
+    ONNX: "edge_client.engines.onnx:Onnx",
     "ort-training": "edge_client.engines.ort_training:OrtTraining",
 }
 """Name -> `module:Class`; the class takes what `open_engine` takes, without the name."""
+
+_EXTRAS = {ONNX: "client"}  # of the package, where it is not the engine's name
 
 Batch = Mapping[str, npt.NDArray[Any]]
 BundleFile = Callable[[str], Path]
@@ -108,9 +115,29 @@ def open_engine(name: str, file: BundleFile, manifest: Manifest, stage: int, thr
     return engine
 
 
-def _load(name: str) -> Any:
+def graph_file(engine: str, graph: Graph) -> str:
+    """The name of the bundle's file of an inference graph, as the engine's runtime reads it."""
+    name: str = _class(engine).graph_file(graph)
+    return name
+
+
+def open_graph(engine: str, file: BundleFile, graph: Graph, threads: int = 1) -> Run:
+    """An inference graph, on the engine's runtime, as a function of (inputs by name, parameters by torch
+    name), either of which may hold more than it needs, that returns output name -> array [B, ...].
+
+    Raises `UserError` for a file that is not a graph, or a runtime that is not installed.
+    """
+    run: Run = _load(engine).open_graph(file(graph_file(engine, graph)), graph, threads)
+    return run
+
+
+def _class(name: str) -> Any:
     module, _, attribute = ENGINES[name].partition(":")
-    engine = getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _load(name: str) -> Any:
+    engine = _class(name)
     if reason := engine.unusable():
         raise UserError(f"the engine {name} cannot run here: {reason}", f"install it: {_install(name)}")
     return engine
@@ -125,4 +152,4 @@ def _usable(name: str) -> bool:
 
 
 def _install(name: str) -> str:
-    return f"pip install 'lamina[{name}]'"
+    return f"pip install 'lamina[{_EXTRAS.get(name, name)}]'"

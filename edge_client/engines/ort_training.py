@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.engines import runtime
+from edge_client.engines import onnx_runtime
 from wire.errors import LocalError, UserError
 from wire.manifest import Manifest
 from wire.tensors import Array, Arrays
@@ -27,6 +27,9 @@ _ALL = False  # the bindings' `trainable_only`; a checkpoint of names can only b
 
 class OrtTraining:
     """See `edge_client.engines.Engine`; made by `open_engine`."""
+
+    graph_file = staticmethod(onnx_runtime.graph_file)
+    open_graph = staticmethod(onnx_runtime.open_graph)
 
     def __init__(self, file: Any, manifest: Manifest, stage: int, threads: int) -> None:
         entry = manifest.stages[stage]
@@ -53,7 +56,7 @@ class OrtTraining:
         self.close()
         bindings = _bindings()
         device = _cpu(bindings)
-        options = runtime.session_options(self._threads)
+        options = onnx_runtime.session_options(self._threads, arena=False)
         self._state = state = bindings.load_checkpoint(self._files["checkpoint"])
         self._module = module = bindings.Module(
             self._files["train"], state, self._files["eval"], device, options
@@ -127,7 +130,7 @@ class OrtTraining:
 
 
 def _bindings() -> Any:
-    runtime.onnxruntime()
+    onnx_runtime.onnxruntime()
     from onnxruntime.capi import _pybind_state
 
     return _pybind_state

@@ -24,6 +24,7 @@ from wire.messages import Offer, RoundKey, TrainPlan
 from wire.tensors import Arrays, pack
 
 NUM_EXAMPLES = 20
+ENGINE = "onnx"
 WORDS = ("red", "fox", "jumps", "over", "lazy", "dog", "blue", "whales", "sing", "cat", "mat", "hello")
 PLAN = TrainPlan(learning_rate=1e-3, batch_size=8, local_epochs=1, seed=0)
 
@@ -102,7 +103,7 @@ class World:
 
     def run(self, cache: FeatureCache, step: Step, values: Arrays | None = None) -> list[int]:
         """Run a step on ONNX Runtime, as a client does; the sizes of its batches."""
-        graph = open_graph(self.folder / step.graph.file, step.graph)
+        graph = open_graph(ENGINE, self.folder.joinpath, step.graph)
         sizes: list[int] = []
 
         def run(batch: Any, parameters: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def dataset(world, tmp_path_factory):
 
 @pytest.fixture
 def cache(world, dataset, tmp_path):
-    return FeatureCache(tmp_path / "features", world.manifest, dataset)
+    return FeatureCache(tmp_path / "features", world.manifest, dataset, "onnx")
 
 
 def names(steps):
@@ -96,7 +96,7 @@ def test_each_example_goes_through_a_segment_once(world, cache):
 
 def test_a_restarted_client_finds_its_features(world, dataset, cache, tmp_path):
     world.prepare(cache, 2)
-    again = FeatureCache(tmp_path / "features", world.manifest, dataset)
+    again = FeatureCache(tmp_path / "features", world.manifest, dataset, "onnx")
     assert again.steps(world.offer(2)) == []
     assert_like_torch(world, again.features(world.offer(2)), 2)
 
@@ -120,7 +120,7 @@ def test_other_parameters_below_give_other_files(world, cache):
 def test_other_data_gives_other_files(world, dataset, cache, tmp_path):
     world.prepare(cache, 1)
     other = world.dataset(tmp_path / "inputs", write_examples(tmp_path / "data", first=7))
-    theirs = FeatureCache(tmp_path / "features", world.manifest, other)
+    theirs = FeatureCache(tmp_path / "features", world.manifest, other, "onnx")
     assert other.fingerprint != dataset.fingerprint
     assert names(world.prepare(theirs, 1)) == [("image", 0), ("text", 0)]
     assert_like_torch(world, theirs.features(world.offer(1)), 1)
@@ -197,7 +197,7 @@ manifest = decode_manifest((bundle / "manifest.json").read_bytes())
 dataset = Dataset.open(
     Path({str(world.data)!r}), manifest.modalities, manifest.task, manifest.classes, bundle.joinpath,
     cache=here / "inputs")
-features = cache.FeatureCache(here / "features", manifest, dataset)
+features = cache.FeatureCache(here / "features", manifest, dataset, "onnx")
 calls = []
 def run(batch, parameters):
     calls.append(0)
@@ -270,7 +270,7 @@ def test_a_damaged_file_is_computed_again(world, cache, damage):
 @pytest.mark.parametrize(("schedule", "stage"), [("progressive", 0), ("progressive", 1), ("end_to_end", 0)])
 def test_without_a_prefix_the_features_are_the_raw_inputs(tmp_path_factory, tmp_path, schedule, stage):
     world = World.of(tmp_path_factory, schedule=schedule, image_blocks=2, text_blocks=1)
-    cache = FeatureCache(tmp_path / "features", world.manifest, world.dataset(tmp_path / "inputs"))
+    cache = FeatureCache(tmp_path / "features", world.manifest, world.dataset(tmp_path / "inputs"), "onnx")
     assert cache.steps(world.offer(stage)) == []
     features = cache.features(world.offer(stage))
     batch, raw = features.batch([3, 1]), features.dataset.batch([3, 1])
@@ -284,7 +284,7 @@ def test_labels_come_along_and_a_modality_without_blocks_left_keeps_its_features
     tmp_path_factory, tmp_path
 ):
     world = World.of(tmp_path_factory, "classification", text_blocks=1)
-    cache = FeatureCache(tmp_path / "features", world.manifest, world.dataset(tmp_path / "inputs"))
+    cache = FeatureCache(tmp_path / "features", world.manifest, world.dataset(tmp_path / "inputs"), "onnx")
     for stage, steps in enumerate([[], [("image", 0), ("text", 0)], [("image", 1)]]):
         assert names(world.prepare(cache, stage)) == steps
         features = cache.features(world.offer(stage))

@@ -177,6 +177,7 @@ def learn(tmp_path_factory):
         tmp_path_factory.mktemp("features") / "features",
         world.manifest,
         world.dataset(tmp_path_factory.mktemp("inputs")),
+        "onnx",
     )
 
     def learn(engine, stage, epochs):

@@ -85,6 +85,7 @@ def manifest(**changes: Any) -> Manifest:
         },
         "classes": (),
         "optimizer": AdamW(weight_decay=0.05),
+        "max_batch_size": 64,
         "parameters": PARAMETERS,
         "stages": (
             stage(),

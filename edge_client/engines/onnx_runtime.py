@@ -2,14 +2,15 @@
 
 Rules: everything here that needs the runtime imports it through `onnxruntime()`. The training package's
 import looks for its torch bridge, and with it loads torch and onnx wherever they happen to be installed:
-250 MB. Hiding `onnxruntime.training` during that import prevents it. Sessions keep no memory arena and
-use the threads they are given.
+250 MB. Hiding `onnxruntime.training` during that import prevents it. A session's memory patterns are off:
+they keep a block of the size of a whole step beside what the first step has left behind.
 
-Next: `edge_client/engines/ort_training.py`; `edge_client/cache.py` runs segments by `open_graph`.
+Next: `edge_client/engines/onnx.py` and `ort_training.py`; `edge_client/cache.py` runs segments.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,49 +27,77 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 Run = Callable[[Inputs, Mapping[str, Array]], dict[str, Array]]
 
 _TRAINING = "onnxruntime.training"
+_PACKAGES = ("onnxruntime", "onnxruntime-training-cpu")
 
 
 def onnxruntime() -> Any:
     """The package. Raises `UserError` where it is missing or does not load."""
     if "onnxruntime" in sys.modules:
         return sys.modules["onnxruntime"]
+    if all(map(_installed, _PACKAGES)):
+        raise UserError(
+            f"{' and '.join(_PACKAGES)} are both installed, and overwrite each other",
+            f"pip uninstall {' '.join(_PACKAGES)}, then install the one that is meant",
+        )
     sys.modules[_TRAINING] = None  # type: ignore[assignment]  # importing it raises ImportError
     try:
         import onnxruntime as package
     except ImportError as error:
         raise UserError(
-            f"ONNX Runtime cannot be used here: {error}", "install it: pip install 'lamina[ort-training]'"
+            f"ONNX Runtime cannot be used here: {error}", "install it: pip install 'lamina[client]'"
         ) from error
     finally:
         del sys.modules[_TRAINING]
     return package
 
 
-def session_options(threads: int) -> Any:
-    """Options for a small device: no arena, `threads` within an operator, one operator at a time."""
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def session_options(threads: int, *, arena: bool = True) -> Any:
+    """Options for a small device: `threads` within an operator, one operator at a time.
+
+    arena: take memory in blocks that are used again, until the session is closed.
+    """
     package = onnxruntime()
     options = package.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False
+    options.enable_cpu_mem_arena = arena
+    options.enable_mem_pattern = False
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors
     return options
 
 
-def open_graph(path: Path, graph: Graph, threads: int = 1) -> Run:
-    """An inference graph of the bundle as a function of (inputs by name, parameters by torch name).
-
-    Raises `UserError` for a file that is not a graph. Both may hold more than the graph needs. The result:
-    output name -> array [B, ...]. Parameters are read in place at every call, none is copied or kept.
-    """
+def open_session(path: Path, threads: int) -> Any:
+    """An inference session. Raises `UserError` for a file that is not a graph."""
     try:
-        session = onnxruntime().InferenceSession(
+        return onnxruntime().InferenceSession(
             str(path), session_options(threads), providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # the runtime's errors share no class below this one
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be loaded: {reason}", "write or fetch it once more") from error
+
+
+def graph_file(graph: Graph) -> str:
+    """The name of the file that `open_graph` reads."""
+    return graph.file
+
+
+def open_graph(path: Path, graph: Graph, threads: int) -> Run:
+    """An inference graph of the bundle as a function of (inputs by name, parameters by torch name).
+
+    Raises `UserError` for a file that is not a graph. Both may hold more than the graph needs. The result:
+    output name -> array [B, ...]. Parameters are read in place at every call, none is copied or kept.
+    """
+    session = open_session(path, threads)
 
     def run(inputs: Inputs, parameters: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(inputs[name]) for name in graph.inputs}
