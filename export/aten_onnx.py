@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from torch import fx
+from torch import Tensor, fx
 
 from export.step import aten, is_open
 from wire.errors import UserError
@@ -46,14 +46,15 @@ class Writer:
         """
         self._count += 1
         names = [to or f"v{self._count}" + (f".{i}" if outputs > 1 else "") for i in range(outputs)]
-        self.nodes.append(helper.make_node(op, [self.name(value) for value in inputs], names, **attributes))
+        inputs = tuple(map(self.name, inputs))
+        self.nodes.append(helper.make_node(op, inputs, names, name=names[0], **attributes))
         return names[0] if outputs == 1 else tuple(names)
 
     def cast(self, value: Any, kind: int) -> str:
         """The name of a value as another type, a number of `TensorProto`."""
         self._count += 1
         name = f"v{self._count}"
-        self.nodes.append(helper.make_node("Cast", [self.name(value)], [name], to=kind))
+        self.nodes.append(helper.make_node("Cast", [self.name(value)], [name], name=name, to=kind))
         return name
 
     def name(self, value: Any) -> str:
@@ -191,6 +192,33 @@ def _slice(
     return str(writer.write("Slice", value, *limits))
 
 
+def _slice_scatter(
+    writer: Writer,
+    _node: fx.Node,
+    value: fx.Node,
+    part: fx.Node,
+    axis: int = 0,
+    start: Any = 0,
+    end: Any = None,
+    step: int = 1,
+) -> str:
+    if step != 1:
+        raise UserError("the model cuts a tensor with a step", "take all of it, and drop what is too much")
+    along = writer.integers([axis])
+    before = writer.write("Slice", value, writer.integers([0]), writer.integers([start or 0]), along)
+    last = writer.integers([_END if end is None else min(end, _END)])
+    after = writer.write("Slice", value, last, writer.integers([_END]), along)
+    return str(writer.write("Concat", before, part, after, axis=axis))
+
+
+def _select_scatter(
+    writer: Writer, node: fx.Node, value: fx.Node, part: fx.Node, axis: int, index: int
+) -> str:
+    row = writer.write("Unsqueeze", part, writer.integers([axis]))
+    first = index % sizes(value)[axis]
+    return _slice_scatter(writer, node, value, row, axis, first, first + 1)
+
+
 def _select(writer: Writer, _node: fx.Node, value: fx.Node, axis: int, index: int) -> str:
     return str(writer.write("Gather", value, writer.constant(np.int64(index)), axis=axis))
 
@@ -207,6 +235,11 @@ def _scatter_add(
     writer: Writer, _node: fx.Node, value: fx.Node, axis: int, index: fx.Node, updates: fx.Node
 ) -> str:
     return str(writer.write("ScatterElements", value, index, updates, axis=axis, reduction="add"))
+
+
+def _to(writer: Writer, node: fx.Node, value: fx.Node) -> str:
+    kinds = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.bool: TensorProto.BOOL}
+    return writer.cast(value, kinds[node.meta["val"].dtype])
 
 
 def _full(writer: Writer, node: fx.Node, _like: Any, value: float, *_: Any) -> str:
@@ -243,11 +276,11 @@ def _operand(writer: Writer, node: fx.Node, value: Any) -> Any:
     """A tensor, a number, or a size of the batch as a number."""
     if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.SymInt):
         return writer.cast(writer.size(value.meta["val"]), TensorProto.FLOAT)
+    kinds = {one.meta["val"].dtype for one in node.all_input_nodes if isinstance(one.meta["val"], Tensor)}
     if isinstance(value, fx.Node):
-        return value
-    if all(one.meta["val"].dtype == torch.int64 for one in node.all_input_nodes):
-        return writer.constant(np.int64(value))
-    return value
+        mixed = torch.float32 in kinds and value.meta["val"].dtype != torch.float32
+        return writer.cast(value, TensorProto.FLOAT) if mixed else value
+    return writer.constant(np.int64(value)) if kinds == {torch.int64} else value
 
 
 def _clamp(writer: Writer, _node: fx.Node, value: fx.Node, low: Any = None, high: Any = None) -> str:
@@ -256,8 +289,10 @@ def _clamp(writer: Writer, _node: fx.Node, value: fx.Node, low: Any = None, high
 
 
 def _reduce(op: str, *, axes_are_inputs: bool = False) -> Form:
-    def form(writer: Writer, _node: fx.Node, value: fx.Node, axes: Any = None, keep: bool = False) -> str:
+    def form(writer: Writer, node: fx.Node, value: Any, axes: Any = None, keep: bool = False) -> str:
         shape = sizes(value)
+        if value.meta["val"].dtype == torch.bool:
+            value = _to(writer, node, value)
         chosen = sorted(axis % len(shape) for axis in (axes or range(len(shape))))
         if axes_are_inputs:
             return str(writer.write(op, value, writer.integers(chosen), keepdims=int(keep)))
@@ -284,6 +319,10 @@ def _gelu_backward(writer: Writer, _node: fx.Node, gradient: fx.Node, value: fx.
 
 def _softmax(writer: Writer, _node: fx.Node, value: fx.Node, axis: int, *_: Any) -> str:
     return str(writer.write("Softmax", value, axis=axis))
+
+
+def _log_softmax(writer: Writer, _node: fx.Node, value: fx.Node, axis: int, *_: Any) -> str:
+    return str(writer.write("LogSoftmax", value, axis=axis))
 
 
 def _softmax_backward(
@@ -473,11 +512,14 @@ FORMS: dict[Any, Form] = {
     aten.unsqueeze.default: _reshape,
     aten.squeeze.dims: _reshape,
     aten.clone.default: _alias,
+    aten._to_copy.default: _to,
     aten.alias.default: _alias,
     aten.expand.default: _expand,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
     aten.cat.default: _cat,
     aten.gather.default: _gather,
     aten.scatter_add.default: _scatter_add,
@@ -525,6 +567,7 @@ FORMS: dict[Any, Form] = {
     aten.gelu.default: _gelu,
     aten.gelu_backward.default: _gelu_backward,
     aten._softmax.default: _softmax,
+    aten._log_softmax.default: _log_softmax,
     aten._softmax_backward_data.default: _softmax_backward,
     aten.native_layer_norm.default: _layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,

@@ -33,10 +33,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """What to make the files of. loss: the cut as ONNX, parameters as initializers; its structure."""
+    """What to make the files of.
+
+    loss: the cut as ONNX, with its parameters as initializers.
+    structure: the same with parameters as inputs, so it is equal for cuts that differ in their values only.
+    """
 
     cut: TrainCut
     loss: bytes
+    structure: bytes
     settings: Settings
 
     @property
@@ -48,10 +53,8 @@ class Step:
 def _onnx(step: Step) -> Files:
     from export.onnx_step import train_step
 
-    evaluation = onnx.load_from_string(step.loss)
-    weights_as_inputs(evaluation, step.parameters)
-    train = train_step(step.cut, loss_and_gradients(step.cut, step.loss), step.settings.optimizer)
-    return {"train": ("onnx", content(train)), "eval": ("onnx", content(evaluation))}
+    train = train_step(step.cut, loss_and_gradients(step.cut, step.structure), step.settings.optimizer)
+    return {"train": ("onnx", content(train)), "eval": ("onnx", step.structure)}
 
 
 def _ort_training(step: Step) -> Files:
@@ -65,7 +68,7 @@ def _ort_training(step: Step) -> Files:
 def _executorch(step: Step) -> Files:
     from export.executorch import train_program
 
-    graph = loss_and_gradients(step.cut, step.loss)
+    graph = loss_and_gradients(step.cut, step.structure)
     program = train_program(step.cut, graph, step.settings.optimizer, step.settings.max_batch_size)
     return {"program": ("pte", program)}
 
@@ -121,11 +124,14 @@ class EngineFiles:
 
     def of_step(self, cut: TrainCut) -> dict[str, Files]:
         """Engine -> its files."""
-        loss = content(trace(cut))
-        if loss not in self._steps:
-            step = Step(cut, loss, self.settings)
-            self._steps[loss] = {name: EXPORTERS[name](step) for name in self.engines}
-        return self._steps[loss]
+        model = trace(cut)
+        loss = content(model)
+        weights_as_inputs(model, [name for name, _ in cut.named_parameters()])
+        structure = content(model)
+        if structure not in self._steps:
+            step = Step(cut, loss, structure, self.settings)
+            self._steps[structure] = {name: EXPORTERS[name](step) for name in self.engines}
+        return self._steps[structure]
 
     def program(self, cut: Cut, graph: bytes) -> bytes | None:
         """The ExecuTorch program of an inference graph, where that engine is among those asked for.
