@@ -62,6 +62,7 @@ def command(
 ) -> None:
     """Train on this device's data in a run on the broker, until the run is over."""
     from edge_client.device import Device
+    from edge_client.engines import ENGINES, choose
     from edge_client.session import take_part
     from inputs.table import read_table
 
@@ -69,7 +70,9 @@ def command(
     name = check_name(name or _host(), "the client's name")
     if run is not None:
         check_name(run, "the run's name")
-    read_table(data, ())  # an unusable folder is told before anything is waited for
+    # What cannot be used is told before anything is waited for.
+    read_table(data, ())
+    choose(engine, ENGINES)
     device = Device(
         name=name,
         data=data,

@@ -232,7 +232,7 @@ def test_a_missing_runtime_names_what_to_install(case, monkeypatch, engine):
     assert extra in caught.value.hint
     for name in ENGINES:
         monkeypatch.setattr(engine_class(name), "unusable", staticmethod(lambda: "it is not there"))
-    with pytest.raises(UserError, match="none of the bundle's engines") as caught:
+    with pytest.raises(UserError, match="no engine runs here") as caught:
         case().open(AUTO, 0)
     assert extra in caught.value.hint
 

@@ -95,7 +95,7 @@ def choose(name: str, exported: Collection[str]) -> str:
             if engine in exported and _usable(engine):
                 return engine
         raise UserError(
-            f"none of the bundle's engines ({', '.join(exported)}) runs here",
+            f"no engine runs here, of {', '.join(exported)}",
             f"install one: {', '.join(_install(engine) for engine in ENGINES if engine in exported)}",
         )
     if name not in ENGINES:

@@ -25,15 +25,15 @@ PATIENCE_S = 90.0
 class Started:
     """A running `lamina` command."""
 
-    def __init__(self, arguments: tuple[str, ...], log: Path) -> None:
-        self.arguments, self.log = arguments, log
+    def __init__(self, arguments: tuple[str, ...], log: Path, python: str = sys.executable) -> None:
+        self.arguments, self.log, self.python = arguments, log, python
         self.url = ""
         self._start()
 
     def _start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lamina", *self.arguments],
+                [self.python, "-m", "lamina", *self.arguments],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -143,7 +143,15 @@ class Programs:
         self._stack.callback(started.kill)
         return started
 
-    def client(self, url: str, client: str, name: str = "run", data: str = "") -> Started:
+    def client(
+        self,
+        url: str,
+        client: str,
+        name: str = "run",
+        *options: str,
+        data: str = "",
+        python: str = sys.executable,
+    ) -> Started:
         arguments = (
             "client",
             "--broker",
@@ -154,7 +162,7 @@ class Programs:
             client,
         )
         arguments += ("--run", name, "--dir", str(self._folder / f"{name}-{client}"), "--threads", "1")
-        started = Started(arguments, self._folder / f"{name}-{client}.log")
+        started = Started((*arguments, *options), self._folder / f"{name}-{client}.log", python)
         self._stack.callback(started.kill)
         return started
 

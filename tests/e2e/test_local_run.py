@@ -21,8 +21,11 @@ import torch
 from programs import CLIENTS, lamina
 from safetensors.numpy import load_file
 
+from edge_client.engines import ENGINES, graph_file
+from export.parity import parameter_error
 from lamina.evaluation import AT
 from models.load import load
+from wire.manifest import read_manifest
 
 OPTIONS = {"size": 16, "patch": 4, "width": 64, "heads": 2, "image_blocks": 3, "text_blocks": 2}
 OPTIONS |= {"vocabulary": 60, "length": 8, "embedding": 32}
@@ -57,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
 def test_the_result_of_each_schedule(run: Run, schedule: str, num_stages: int) -> None:
     result, folder = run(schedule, "--schedule", schedule)
     assert result["schedule"] == schedule
-    assert result["engine"] == "ort-training"
+    assert result["engine"] == "onnx"
     assert result["seed"] == 0
     assert len(result["stages"]) == num_stages
     wanted = {f"{name}@{k}" for name in ("recall", "chance", "image_to_text", "text_to_image") for k in AT}
@@ -73,6 +76,40 @@ def test_the_result_of_each_schedule(run: Run, schedule: str, num_stages: int) -
         assert total[name] == pytest.approx(sum(stage[name] for stage in result["stages"]), abs=num_stages)
     assert total["updates"] == 2 * num_stages * len(CLIENTS)
     assert Path(result["model"]) == folder / "aggregator" / "model"
+
+
+def test_clients_with_different_engines_train_in_one_run(run: Run) -> None:
+    """One client an engine: as good a model as of one engine, up to rounding."""
+    options = ("--schedule", "layerwise")
+    mixed, folder = run("mixed", *options, *(w for name in ENGINES for w in ("--engine", name)))
+    alike, other = run("layerwise", *options)
+    assert mixed["engine"] == ",".join(sorted(ENGINES))
+    assert mixed["total"]["updates"] == alike["total"]["updates"]
+    assert mixed["total"]["refusals"] == 0
+    for client, engine in zip(CLIENTS, ENGINES, strict=True):
+        log = (folder / "logs" / f"{client}.log").read_text()
+        assert f"engine {engine}" in log
+        fetched = {path.name for path in (folder / "clients" / client / "blobs").iterdir()}
+        assert fetched.isdisjoint(of_other_engines(folder / "bundle", engine)), engine
+    theirs = load_file(other / "aggregator" / "model" / "model.safetensors")
+    for name, value in load_file(folder / "aggregator" / "model" / "model.safetensors").items():
+        assert parameter_error(value, theirs[name], 1e-3) < 1e-2, name
+    for name in (f"recall@{k}" for k in AT):
+        assert mixed["total"]["metrics"][name] == pytest.approx(alike["total"]["metrics"][name], abs=0.05)
+
+
+def of_other_engines(bundle: Path, engine: str) -> set[str]:
+    """Hashes of the files that a client with this engine has no use for."""
+    manifest, _ = read_manifest(bundle)
+    wanted, all_files = set(), set()
+    for stage in manifest.stages:
+        for name, roles in stage.engines.items():
+            all_files |= set(roles.values())
+            wanted |= set(roles.values()) if name == engine else set()
+        for graph in stage.segments.values():
+            all_files |= {graph.file, graph.program or graph.file}
+            wanted.add(graph_file(engine, graph))
+    return {manifest.files[name].sha256 for name in all_files - wanted}
 
 
 def trained_bytes(folder: Path) -> list[int]:
