@@ -30,8 +30,7 @@ KEPT = (
     aten.embedding_dense_backward.default,
     aten._softmax_backward_data.default,
 )
-_TRACE_BATCH = 19  # no other size is likely to be the same
-
+TRACE_BATCH = 19  # no other size is likely to be the same
 
 _traced: dict[bytes, fx.GraphModule] = {}
 
@@ -55,7 +54,7 @@ def _trace(cut: TrainCut) -> fx.GraphModule:
         parameters = dict(zip(names, values, strict=False))
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
-            with _FlatLinear():
+            with FlatLinear():
                 result: Tensor = torch.func.functional_call(cut, parameters, values[len(names) :])
             return result
 
@@ -63,12 +62,12 @@ def _trace(cut: TrainCut) -> fx.GraphModule:
         return (value, *(gradients[name] for name in names))
 
     limits = dict.fromkeys(cut.inputs, 1)
-    inputs = example(cut.inputs, _TRACE_BATCH, limits, torch.Generator().manual_seed(0))
+    inputs = example(cut.inputs, TRACE_BATCH, limits, torch.Generator().manual_seed(0))
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    values = [_fake(mode, value.detach(), open_batch=False) for value in cut.parameters()]
-    values += [_fake(mode, value, open_batch=True) for value in inputs.values()]
+    values = [stand_in(mode, value.detach(), open_batch=False) for value in cut.parameters()]
+    values += [stand_in(mode, value, open_batch=True) for value in inputs.values()]
     with mode:
-        graph = make_fx(compute, decomposition_table=_decompositions())(*values)
+        graph = make_fx(compute, decomposition_table=decompositions())(*values)
     sizes = [node.meta["val"].shape[0] for node in _placeholders(graph)[len(names) :]]
     if any(not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None for size in sizes):
         raise UserError(
@@ -87,7 +86,7 @@ def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _fake(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor:
+def stand_in(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor:
     """A stand-in of the same shape, all of it fixed but, perhaps, the first size."""
     kinds = [DimDynamic.STATIC] * value.dim()
     if open_batch:
@@ -95,12 +94,14 @@ def _fake(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor:
     return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = dict(torch.export.default_decompositions().items())
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Torch's own, of everything that is not core ATen, but for `KEPT`."""
+    table: Any = torch.export.default_decompositions()
+    table = dict(table.items())
     return {operation: how for operation, how in table.items() if operation not in KEPT}
 
 
-class _FlatLinear(TorchFunctionMode):
+class FlatLinear(TorchFunctionMode):
     """`linear` on rows: torch's own takes the batch's size for a constant when it flattens inside grad."""
 
     def __torch_function__(

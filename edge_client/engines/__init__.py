@@ -41,6 +41,7 @@ AUTO = "auto"
 ONNX = "onnx"
 ENGINES: dict[str, str] = {  # in the order in which `auto` prefers them
     ONNX: "edge_client.engines.onnx:Onnx",
+    "executorch": "edge_client.engines.executorch:ExecuTorch",
     "ort-training": "edge_client.engines.ort_training:OrtTraining",
 }
 """Name -> `module:Class`; the class takes what `open_engine` takes, without the name."""
