@@ -1,4 +1,5 @@
 # make demo: the main job on this machine. make test: the tests. Both set up .venv first.
+# make pi-check: a client in an emulated Raspberry Pi's userland (docs/devices.md); needs root and Debian.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.10; do \
   $$name -c "$(SUPPORTED)" 2>/dev/null && echo $$name && break; done)
 
-.PHONY: demo test check clean
+.PHONY: demo test check pi-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/lamina run
@@ -20,6 +21,9 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+pi-check: $(VENV)/ready
+	$(BIN)/python tests/pi/check.py
 
 $(VENV)/ready: pyproject.toml
 	@$(or $(PYTHON),false) -c "$(SUPPORTED)" || { \
