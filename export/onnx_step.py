@@ -1,9 +1,10 @@
 """The `onnx` engine's train step: forward, gradients and AdamW as one graph of standard operators.
 
-Rules: for a parameter `p` of the cut the graph has the inputs `p`, `p.exp_avg` and `p.exp_avg_sq`, and the
-outputs `p.next`, `p.exp_avg.next` and `p.exp_avg_sq.next`, in torch's words; besides, `step` (float32 [],
-1 in the first step), `learning_rate` (float32 []) and the stage's inputs come in, and `loss` (float32 [],
-before the step) goes out. AdamW is torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+Rules: for a parameter `p` of the cut the graph has the inputs `p`, `p.exp_sum` and `p.exp_sum_sq`, and the
+outputs `p.next`, `p.exp_sum.next` and `p.exp_sum_sq.next`. The sums are Adam's moments, which torch calls
+`exp_avg` and `exp_avg_sq`, over 1 - beta; both begin with zeros. Besides, `step` (float32 [], 1 in the
+first step), `learning_rate` (float32 []) and the stage's inputs come in, and `loss` (float32 [], before the
+step) goes out. AdamW is torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
 The order of the nodes is a matter of memory. ONNX Runtime goes to the graph's outputs from the last node to
 the first, each time depth first to what is still missing. So the updates stand at the end, the one whose
@@ -28,6 +29,7 @@ from export.stage import TrainCut
 from wire.manifest import AdamW, TensorSpec
 
 STEP, LEARNING_RATE = "step", "learning_rate"
+SUMS = ("exp_sum", "exp_sum_sq")
 _KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
@@ -61,43 +63,44 @@ def _results(nodes: Sequence[fx.Node]) -> Sequence[Any]:
 
 
 class _AdamW:
-    """Writes the update of one parameter after the other."""
+    """Writes the update of one parameter after the other, in eleven operators.
+
+    Adam's averages are (1 - beta) times the sums kept here. So with m = (1 - beta1) M, v = (1 - beta2) V,
+    c = 1 - beta^step, its rate * (m / c1) / (sqrt(v / c2) + eps) is scale * M / (sqrt(V) + floor), with
+    floor = eps * sqrt(c2 / (1 - beta2)) and scale = rate * (1 - beta1) / c1 * sqrt(c2 / (1 - beta2)).
+    """
 
     def __init__(self, writer: Writer, settings: AdamW) -> None:
         self._writer = writer
         self._settings = settings
         write = writer.write
-        # 1 - beta^step, in float64: near beta = 1 float32 would lose half of the digits.
-        step = writer.cast(STEP, TensorProto.DOUBLE)
-        corrections = []
-        for beta in (settings.beta1, settings.beta2):
-            power = write("Pow", writer.constant(np.float64(beta)), step)
-            corrections.append(write("Sub", writer.constant(np.float64(1)), power))
-        root = write("Sqrt", corrections[1])
-        self._size = write("Div", LEARNING_RATE, writer.cast(corrections[0], TensorProto.FLOAT))
-        self._root = writer.cast(root, TensorProto.FLOAT)
-        self._decay = write("Sub", 1.0, write("Mul", LEARNING_RATE, settings.weight_decay))
+
+        def number(value: float) -> str:
+            return writer.constant(np.float64(value))
+
+        # In float64: near beta = 1, float32 would lose half of the digits of 1 - beta^step.
+        step, rate = (writer.cast(name, TensorProto.DOUBLE) for name in (STEP, LEARNING_RATE))
+        left = [
+            write("Div", write("Sub", number(1), write("Pow", number(beta), step)), number(1 - beta))
+            for beta in (settings.beta1, settings.beta2)
+        ]
+        root = write("Sqrt", left[1])
+        self._floor = writer.cast(write("Mul", root, number(settings.eps)), TensorProto.FLOAT)
+        self._scale = writer.cast(write("Div", write("Mul", rate, root), left[0]), TensorProto.FLOAT)
+        decay = write("Sub", number(1), write("Mul", rate, number(settings.weight_decay)))
+        self._decay = writer.cast(decay, TensorProto.FLOAT)
 
     def update(self, name: str, gradient: fx.Node) -> list[NodeProto]:
-        """The nodes of the new value and moments of the parameter `name`."""
+        """The nodes of the new value and sums of the parameter `name`."""
         writer, settings = self._writer, self._settings
         write, before = writer.write, len(writer.nodes)
-        average = write(
-            "Add",
-            write("Mul", f"{name}.exp_avg", settings.beta1),
-            write("Mul", gradient, 1 - settings.beta1),
-            to=f"{name}.exp_avg.next",
-        )
+        first, second = (f"{name}.{kind}" for kind in SUMS)
+        total = write("Add", write("Mul", first, settings.beta1), gradient, to=f"{first}.next")
         square = write("Mul", gradient, gradient)
-        average_sq = write(
-            "Add",
-            write("Mul", f"{name}.exp_avg_sq", settings.beta2),
-            write("Mul", square, 1 - settings.beta2),
-            to=f"{name}.exp_avg_sq.next",
-        )
-        deviation = write("Add", write("Div", write("Sqrt", average_sq), self._root), settings.eps)
-        change = write("Mul", write("Div", average, deviation), self._size)
-        write("Sub", write("Mul", name, self._decay), change, to=f"{name}.next")
+        total_sq = write("Add", write("Mul", second, settings.beta2), square, to=f"{second}.next")
+        share = write("Div", total, write("Add", write("Sqrt", total_sq), self._floor))
+        decayed = write("Mul", name, self._decay)
+        write("Sub", decayed, write("Mul", share, self._scale), to=f"{name}.next")
         nodes = writer.nodes[before:]
         del writer.nodes[before:]
         return nodes
@@ -109,7 +112,7 @@ def _model(writer: Writer, inputs: dict[str, TensorSpec], shapes: dict[str, tupl
 
     given = [
         value(f"{name}{suffix}", shape)
-        for suffix in ("", ".exp_avg", ".exp_avg_sq")
+        for suffix in ("", *(f".{kind}" for kind in SUMS))
         for name, shape in shapes.items()
     ]
     given += [value(STEP, ()), value(LEARNING_RATE, ())]
@@ -117,7 +120,7 @@ def _model(writer: Writer, inputs: dict[str, TensorSpec], shapes: dict[str, tupl
     made = [value("loss", ())]
     made += [
         value(f"{name}{suffix}.next", shape)
-        for suffix in ("", ".exp_avg", ".exp_avg_sq")
+        for suffix in ("", *(f".{kind}" for kind in SUMS))
         for name, shape in shapes.items()
     ]
     nodes = _needed(writer.nodes, {one.name for one in made})

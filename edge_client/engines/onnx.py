@@ -65,7 +65,7 @@ class Onnx:
         self._moments = {
             f"{name}.{moment}": np.zeros_like(value)
             for name, value in self._values[0].items()
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment in ("exp_sum", "exp_sum_sq")
         }
         first, second = self._values
         self._bindings = [self._bound(first, second), self._bound(second, first)]

@@ -48,6 +48,7 @@ MANIFEST = Manifest(
     modalities={},
     classes=(),
     optimizer=AdamW(),
+    max_batch_size=64,
     parameters=PARAMETERS,
     stages=(
         stage(("image.stem", "image.block.0", "head")),
