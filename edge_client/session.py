@@ -151,7 +151,8 @@ class Session:
         self._machine.move(Event.FINISH)
 
     async def _round(self, offer: Offer) -> Receipt:
-        if not (offer.key.stage < len(self._manifest.stages) and offer.key.stage <= len(offer.frozen)):
+        known = offer.key.stage < len(self._manifest.stages) and offer.key.stage <= len(offer.frozen)
+        if not known or offer.plan.batch_size > self._manifest.max_batch_size:
             raise Malformed(f"the offer of {offer.key} does not fit the manifest")
         report = self._done_before(offer)
         if report is None:

@@ -95,7 +95,7 @@ class Writer:
         expression = size.node.expr
         (symbol,) = expression.free_symbols
         factor = int(expression.subs(symbol, 1))
-        power = round(math.log2(int(expression.subs(symbol, 2)) / factor))
+        power = round(math.log2(int(expression.subs(symbol, 2)) / factor)) if factor > 0 else 0
         if expression != factor * symbol**power:
             raise UserError(f"a size of {expression} for {symbol} examples", "use sizes that grow evenly")
         if (factor, power) not in self._sizes:
@@ -117,12 +117,21 @@ def write_operation(writer: Writer, node: fx.Node) -> None:
         writer.names[node] = writer.names[node.args[0]][node.args[1]]  # type: ignore[index]
         return
     form = FORMS.get(node.target)
-    if form is None:
+    if form is None or _varied(node):
         raise UserError(
-            f"the model computes {node.target}, which has no ONNX form here",
+            f"the model computes {node.target}{_varied(node)}, which has no ONNX form here",
             "add it to FORMS in export/aten_onnx.py, or export for other engines (--engine)",
         )
     writer.names[node] = form(writer, node, *node.args)
+
+
+def _varied(node: fx.Node) -> str:
+    """Keyword arguments that change what an operation computes, such as the kind of a GELU."""
+    usual: dict[str, Any] = {"alpha": 1, "approximate": "none", "rounding_mode": None}
+    found = [
+        f"{name}={node.kwargs[name]}" for name in usual if node.kwargs.get(name, usual[name]) != usual[name]
+    ]
+    return f" with {', '.join(found)}" if found else ""
 
 
 def sizes(node: fx.Node) -> tuple[Any, ...]:
@@ -187,7 +196,9 @@ def _slice(
 ) -> str:
     if _same_shape(node, value):
         return writer.name(value)
-    last = _END if end is None or not isinstance(end, int) else min(end, _END)
+    if is_open(start or 0) or is_open(end or 0):
+        raise UserError("the model cuts a tensor by the number of examples", "cut along other axes only")
+    last = _END if end is None else min(end, _END)
     limits = [writer.integers([one]) for one in (start or 0, last, axis, step)]
     return str(writer.write("Slice", value, *limits))
 

@@ -23,9 +23,22 @@ from export.step import aten, is_open
 from wire.errors import UserError
 
 
+def refusal(what: str) -> UserError:
+    """For a model that this engine cannot train, and others can."""
+    return UserError(
+        f"the model has {what}, which has no form for the engine executorch",
+        "change the model, or export for other engines (--engine)",
+    )
+
+
 def simplify(graph: fx.Graph) -> None:
-    """Rewrite in place. Every node has `meta["val"]`, and so has every node that is written."""
+    """Rewrite in place. Every node has `meta["val"]`, and so has every node that is written.
+
+    Raises `UserError` for what the engine cannot train.
+    """
     for node in list(graph.nodes):
+        if node.op == "get_attr":
+            raise refusal("a buffer")
         if node.op != "call_function":
             continue
         with graph.inserting_before(node):
@@ -78,7 +91,7 @@ def _view(graph: fx.Graph, node: Any) -> Any:
     ):
         return source
     if sum(map(is_open, sizes)) > 1:
-        raise UserError("the model has a value with two open sizes", "let only the first be the batch's")
+        raise refusal("a value with two sizes that depend on the batch")
     return write(graph, aten.view.default, source, [-1 if is_open(size) else size for size in sizes])
 
 
@@ -148,7 +161,7 @@ def _softmax(graph: fx.Graph, node: Any) -> Any:
 
 def _softmax_backward(graph: fx.Graph, node: Any) -> Any:
     if node.args[2] not in (-1, len(_shape(node)) - 1):
-        raise UserError("a softmax is not over the last axis", "permute the value before it")
+        raise refusal("a softmax that is not over the last axis")
     return write(graph, lamina.softmax_backward.default, *node.args[:2])
 
 
@@ -158,12 +171,14 @@ def _gelu(graph: fx.Graph, node: Any) -> Any:
 
 def _gelu_backward(graph: fx.Graph, node: Any) -> Any:
     if node.kwargs:
-        raise UserError("a GELU is approximated by tanh", "use the exact one")
+        raise refusal("a GELU approximated by tanh")
     return write(graph, lamina.gelu_backward.default, *node.args)
 
 
 def _layer_norm_backward(graph: fx.Graph, node: Any) -> Any:
-    gradient, x, _, mean, rstd, weight, _, wanted = node.args
+    gradient, x, _, mean, rstd, weight, bias, wanted = node.args
+    if weight is None or bias is None:
+        raise refusal("a norm without weight or bias")
     parts: list[Any] = [None, None, None]
     if wanted[0]:
         parts[0] = write(graph, lamina.layer_norm_backward.default, gradient, x, mean, rstd, weight)
@@ -176,7 +191,7 @@ def _layer_norm_backward(graph: fx.Graph, node: Any) -> Any:
 def _embedding_backward(graph: fx.Graph, node: Any) -> Any:
     gradient, index, rows, padding, scaled = node.args
     if padding not in (-1, None) or scaled:
-        raise UserError("an embedding has padding_idx or scales gradients", "leave both out")
+        raise refusal("an embedding with padding_idx or scaled gradients")
     return write(graph, lamina.embedding_backward.default, gradient, index, rows)
 
 
@@ -260,6 +275,8 @@ _SCALARS: dict[Any, Any] = {  # operation on a tensor -> the same with a number
 
 def _scalar(graph: fx.Graph, node: Any) -> Any:
     a, b = node.args
+    if node.kwargs.get("alpha", 1) != 1:
+        raise refusal("a sum with a factor (alpha)")
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return _again(graph, node)
     if isinstance(b, fx.Node):
@@ -355,6 +372,8 @@ def write_over(graph: fx.Graph, view: Any) -> None:
             value: Any = node.args[argument]
             if (
                 isinstance(value, fx.Node)
+                and isinstance(value.meta["val"], Tensor)
+                and value.meta["val"].dtype == node.meta["val"].dtype
                 and roots[value].op == "call_function"
                 and last[roots[value]] == place[node]
                 and last[roots[node]] < len(nodes) - 1  # not an output

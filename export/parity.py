@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.engines import EXECUTORCH
 from export.stage import Cut, StageCuts, TrainCut, example
 from models.model import LABEL, Model
 from wire.errors import LaminaError
@@ -38,6 +37,7 @@ BATCH_SIZES = (6, 6, 6, 6, 3)
 LEARNING_RATE = 1e-3
 MAX_ERROR = 1e-3
 NOISE = 0.05
+ONNX = "onnx"
 
 AnyArray = npt.NDArray[Any]
 
@@ -61,7 +61,7 @@ class Engine(Protocol):
 class Engines(Protocol):
     """The package `edge_client.engines`, which export does not import."""
 
-    def available(self) -> list[str]: ...  # noqa: D102
+    def available(self, names: Iterable[str] = ...) -> list[str]: ...  # noqa: D102
     def open_engine(  # noqa: D102
         self, name: str, file: Callable[[str], Path], manifest: Manifest, stage: int, threads: int = 1
     ) -> Engine: ...
@@ -76,6 +76,7 @@ class Parity:
     """The largest relative errors found, and the tensor of the largest one of parameters."""
 
     engines: tuple[str, ...]
+    unchecked: tuple[str, ...]
     num_graphs: int
     loss_error: float
     parameter_error: float
@@ -84,10 +85,12 @@ class Parity:
     seconds: float
 
     def __str__(self) -> str:
+        missing = f"; NOT CHECKED, for it does not run here: {', '.join(self.unchecked)}"
         return (
             f"follows torch on {', '.join(self.engines) or 'no engine'}: losses of {STEPS} steps a stage "
             f"within {self.loss_error:.1e}, parameters {self.parameter_error:.1e}; "
             f"{self.num_graphs} graphs within {self.output_error:.1e} ({self.seconds:.0f} s)"
+            f"{missing if self.unchecked else ''}"
         )
 
 
@@ -153,21 +156,20 @@ def _check(
     begin = time.monotonic()
     worst = _Worst({})
     limits = input_limits(model)
-    usable = set(engines.available())
-    checked: dict[str, None] = {}
+    usable = engines.available(manifest.stages[0].engines)
+    encoders = bool(engines.available([ONNX]))
     num_graphs = 0
     for number, (stage, cut) in enumerate(zip(manifest.stages, cuts, strict=True)):
         generator = torch.Generator().manual_seed(seed + number)
-        batches = [example(cut.train.inputs, size, limits, generator) for size in BATCH_SIZES]
+        sizes = [min(size, manifest.max_batch_size) for size in BATCH_SIZES]
+        batches = [example(cut.train.inputs, size, limits, generator) for size in sizes]
         losses, after = reference(cut.train, model, batches, manifest.optimizer, LEARNING_RATE)
-        names = [engine for engine in stage.engines if engine in usable]
-        for name in names:
+        for name in usable:
             engine = engines.open_engine(name, folder.joinpath, manifest, number)
             _check_engine(f"stage {number + 1} on {name}", engine, values, batches, losses, after, worst)
             engine.close()
-            checked[name] = None
-        for name, one, graph in _graphs(cut, stage, names):
-            inputs = example(one.inputs, BATCH_SIZES[-1], limits, generator)
+        for name, one, graph in _graphs(cut, stage, usable, encoders=encoders):
+            inputs = example(one.inputs, sizes[-1], limits, generator)
             run = engines.open_graph(name, folder.joinpath, graph)
             got = run(to_numpy(inputs), values)[graph.outputs[0]]
             with torch.no_grad():
@@ -177,7 +179,8 @@ def _check(
             num_graphs += 1
     parameter_error, parameter = worst.of("parameter")
     return Parity(
-        engines=tuple(checked),
+        engines=tuple(usable),
+        unchecked=tuple(name for name in manifest.stages[0].engines if name not in usable),
         num_graphs=num_graphs,
         loss_error=worst.of("loss")[0],
         parameter_error=parameter_error,
@@ -187,14 +190,19 @@ def _check(
     )
 
 
-def _graphs(cuts: StageCuts, stage: Stage, usable: Sequence[str]) -> Iterator[tuple[str, Cut, Graph]]:
-    """Each inference graph with an engine that runs it: segments on all, the others on an ONNX Runtime."""
+def _graphs(
+    cuts: StageCuts, stage: Stage, usable: Sequence[str], *, encoders: bool
+) -> Iterator[tuple[str, Cut, Graph]]:
+    """Each inference graph with an engine that runs it: segments on all, the others on an ONNX Runtime.
+
+    encoders: whether there is one.
+    """
     for name, graph in stage.segments.items():
         yield from ((engine, cuts.segments[name], graph) for engine in usable)
-    for engine in [name for name in usable if name != EXECUTORCH][:1]:
-        yield from ((engine, cuts.encoders[name], graph) for name, graph in stage.encoders.items())
+    if encoders:
+        yield from ((ONNX, cuts.encoders[name], graph) for name, graph in stage.encoders.items())
         if cuts.classifier is not None and stage.classifier is not None:
-            yield engine, cuts.classifier, stage.classifier
+            yield ONNX, cuts.classifier, stage.classifier
 
 
 def reference(

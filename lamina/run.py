@@ -132,6 +132,7 @@ def command(
         raise UserError(f"a local run needs {error.name}", 'pip install "lamina[all]"') from error
     from aggregator.plan import RunPlan
 
+    engines = tuple(engines_of(engine))
     if broker is not None:
         Broker.parse(broker)
     pairs(columns, "--column")
@@ -153,7 +154,7 @@ def command(
         options=options,
         warm_start=warm_start,
         columns=columns,
-        engines=tuple(engines_of(engine)),
+        engines=engines,
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
         broker=broker,
         plan=plan,
@@ -260,7 +261,7 @@ def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     arguments += ["--seed", str(run.plan["seed"])]
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
-    arguments += ["--max-batch-size", str(run.plan["batch_size"])]
+    arguments += ["--max-batch-size", str(max(64, run.plan["batch_size"]))]
     arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
     return [*arguments, *_columns(run), "--out", str(bundle)]
 

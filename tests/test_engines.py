@@ -14,7 +14,7 @@ import torch
 from small_models import arrays, bundle, small, values_of
 
 import edge_client.engines as engines
-from edge_client.engines import AUTO, ENGINES, ONNX, available, choose, onnx_runtime, open_engine
+from edge_client.engines import AUTO, ENGINES, ONNX, available, choose, open_engine
 from export.parity import input_limits, parameter_error, reference
 from export.schedules import SCHEDULES
 from export.stage import cut_stages, example
@@ -38,6 +38,10 @@ CASES = [
 def engine_class(name):
     module, _, attribute = ENGINES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def not_there():
+    raise UserError("it is not there")
 
 
 class Case:
@@ -219,19 +223,19 @@ def test_auto_takes_the_first_that_runs(case, monkeypatch):
     assert available() == list(ENGINES)
     for name in ENGINES:
         assert choose(AUTO, ENGINES) == name
-        monkeypatch.setattr(engine_class(name), "unusable", staticmethod(lambda: "it is not there"))
+        monkeypatch.setattr(engine_class(name), "check", staticmethod(not_there))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_missing_runtime_names_what_to_install(case, monkeypatch, engine):
     extra = f"lamina[{'client' if engine == ONNX else engine}]"
-    monkeypatch.setattr(engine_class(engine), "unusable", staticmethod(lambda: "it is not there"))
+    monkeypatch.setattr(engine_class(engine), "check", staticmethod(not_there))
     assert engine not in available()
     with pytest.raises(UserError, match=f"{engine} cannot run here: it is not there") as caught:
         case().open(engine, 0)
     assert extra in caught.value.hint
     for name in ENGINES:
-        monkeypatch.setattr(engine_class(name), "unusable", staticmethod(lambda: "it is not there"))
+        monkeypatch.setattr(engine_class(name), "check", staticmethod(not_there))
     with pytest.raises(UserError, match="no engine runs here") as caught:
         case().open(AUTO, 0)
     assert extra in caught.value.hint
@@ -241,14 +245,15 @@ def test_two_packages_that_overwrite_each_other_are_told_apart(monkeypatch):
     monkeypatch.delitem(sys.modules, "onnxruntime")
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: name)
     with pytest.raises(UserError, match="are both installed") as caught:
-        onnx_runtime.onnxruntime()
+        choose(ONNX, ENGINES)
     assert "pip uninstall" in caught.value.hint
 
 
 def test_a_runtime_that_only_infers_is_refused(case, monkeypatch):
     monkeypatch.setattr("edge_client.engines.ort_training._bindings", object)
-    with pytest.raises(UserError, match="cannot train"):
+    with pytest.raises(UserError, match="cannot train") as caught:
         case().open("ort-training", 0)
+    assert "pip uninstall onnxruntime" in caught.value.hint
 
 
 def test_an_unknown_engine_is_refused(case):

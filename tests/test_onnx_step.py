@@ -213,6 +213,45 @@ def test_an_operation_without_a_form_is_named(monkeypatch):
     assert "--engine" in caught.value.hint
 
 
+class Scaled(nn.Module):
+    """Operations that keyword arguments change."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.add(x, self.map(x), alpha=2.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.GELU(approximate="tanh")), "approximate=tanh"),
+        (Scaled, "alpha=2.0"),
+    ],
+)
+def test_a_variant_of_an_operation_is_not_taken_for_the_usual_one(body, named):
+    with pytest.raises(UserError, match=f"with {named}, which has no ONNX form"):
+        step_of(Loss(body(), x=((3,), "float32")))
+
+
+class ByHalf(nn.Module):
+    """Cuts the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.map(x)[: x.shape[0] // 2]
+
+
+def test_a_batch_that_is_cut_is_refused():
+    with pytest.raises(UserError, match=r"number of examples|grow evenly"):
+        step_of(Loss(ByHalf(), x=((3,), "float32")))
+
+
 class ByCount(nn.Module):
     """Does something else for few examples."""
 

@@ -32,6 +32,12 @@ MAX_MANIFEST_BYTES = 4 << 20
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Shape = tuple[Annotated[int, msgspec.Meta(ge=0, le=2**31)], ...]
+ROLES: dict[str, frozenset[str]] = {
+    "onnx": frozenset({"train", "eval"}),
+    "executorch": frozenset({"program"}),
+    "ort-training": frozenset({"train", "eval", "optimizer", "checkpoint"}),
+}
+"""Engine -> the roles of its files in a stage."""
 _MAX_VALUES = 2**33  # of one parameter; no device holds as many
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _MODALITY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -122,8 +128,7 @@ class Stage(msgspec.Struct, frozen=True):
     warm_start: group -> group whose values it takes when the stage begins (same shapes).
     inputs: everything the train step is fed, without the batch dimension.
     parameters: the train step's parameter name -> torch name, in the train step's own order.
-    engines: engine -> role -> file name (`ort-training`: train, eval, optimizer, checkpoint; `onnx`: train,
-        eval; `executorch`: program).
+    engines: engine -> role, of `ROLES`, -> file name.
     segments: modality -> the graph that turns this stage's inputs of that modality into the next
         stage's, once the groups trained here are frozen. A modality whose blocks are all trained by an
         earlier stage has none.
@@ -201,6 +206,11 @@ class Manifest(msgspec.Struct, frozen=True):
             named = [*stage.trainable, *stage.frozen]
             if len(set(named)) != len(named):
                 raise ValueError("a stage names a group twice")
+            for engine, files in stage.engines.items():
+                if files.keys() != ROLES.get(engine, files.keys()):
+                    raise ValueError(f"a stage has not the files of an engine {engine!r}")
+            if "executorch" in stage.engines and not all(one.program for one in stage.segments.values()):
+                raise ValueError("a segment has no program for the engine executorch")
             if stage.engines.keys() != self.stages[0].engines.keys():
                 raise ValueError("a stage has files for other engines than the first")
             for group, source in stage.warm_start.items():

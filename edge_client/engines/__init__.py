@@ -11,7 +11,7 @@ Next: `edge_client/engines/onnx.py`, the plainest one; `edge_client/train.py`, w
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,9 +80,9 @@ class Engine(Protocol):
     def __exit__(self, *_exception: object) -> None: ...
 
 
-def available() -> list[str]:
-    """Names of the engines whose runtime loads here."""
-    return [name for name in ENGINES if _usable(name)]
+def available(names: Iterable[str] = tuple(ENGINES)) -> list[str]:
+    """Those of these engines whose runtime loads here."""
+    return [name for name in names if name in ENGINES and _usable(name)]
 
 
 def choose(name: str, exported: Collection[str]) -> str:
@@ -139,8 +139,11 @@ def _class(name: str) -> Any:
 
 def _load(name: str) -> Any:
     engine = _class(name)
-    if reason := engine.unusable():
-        raise UserError(f"the engine {name} cannot run here: {reason}", f"install it: {_install(name)}")
+    try:
+        engine.check()
+    except UserError as error:
+        hint = error.hint or f"install it: {_install(name)}"
+        raise UserError(f"the engine {name} cannot run here: {error}", hint) from error
     return engine
 
 

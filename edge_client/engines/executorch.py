@@ -46,13 +46,9 @@ class ExecuTorch:
         self._learning_rate = np.zeros((), np.float32)
 
     @staticmethod
-    def unusable() -> str:
-        """Why this engine cannot run here; empty if it can."""
-        try:
-            executorch_runtime.library()
-        except UserError as error:
-            return f"{error} ({error.hint})"
-        return ""
+    def check() -> None:
+        """Raises `UserError` where this engine cannot run. Builds the library if it is not there yet."""
+        executorch_runtime.library()
 
     @staticmethod
     def graph_file(graph: Graph) -> str:

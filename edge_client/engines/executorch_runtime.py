@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -60,6 +61,8 @@ _TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 _MAX_DIMS = 8
 
 AnyArray = npt.NDArray[Any]
+
+log = logging.getLogger(__name__)
 
 
 class _Value(ctypes.Structure):
@@ -111,6 +114,7 @@ def built() -> Path:
         digest.update((here / name).read_bytes())
     target = platformdirs.user_cache_path("lamina") / f"executorch-{digest.hexdigest()[:20]}.so"
     if not target.is_file():
+        log.info("building the library of the executorch engine, once on this device")
         _build(compiler(), folder, here, target)
     return target
 
@@ -145,6 +149,8 @@ def _build(program: str, folder: Path, here: Path, target: Path) -> None:
                     f"{program} cannot build the ExecuTorch engine: {_first_error(done.stderr)}",
                     "install a g++ that knows C++17, version 9 or later",
                 )
+            with result.open("rb") as file:
+                os.fsync(file.fileno())
             result.replace(target)
     except OSError as error:
         raise UserError(
@@ -232,7 +238,7 @@ class Program:
         self, method: str, inputs: Sequence[AnyArray], outputs: Sequence[AnyArray]
     ) -> list[tuple[int, ...]]:
         """Run a method on arrays that fit what it `takes` and `gives`, all of them C-contiguous. An output
-        has room for its largest shape or that of this batch; the shapes come back.
+        has room for its largest shape; the shapes that this batch gives come back.
 
         Raises `LocalError` where the runtime fails.
         """
@@ -289,10 +295,10 @@ def open_graph(path: Path, graph: Graph, threads: int) -> Any:
             if value.shape != spec.shape:
                 raise LocalError(f"{name} has the shape {value.shape}, the program takes {spec.shape}")
             fed.append(value)
-        sizes = [(len(fed[0]), *spec.shape[1:]) for spec in gives]
-        made = [np.empty(size, spec.dtype) for size, spec in zip(sizes, gives, strict=True)]
-        if program.run(INFER, fed, made) != sizes:
+        # Room for what the program may write, whatever it says; pages that it leaves cost nothing.
+        made = [np.empty(spec.shape, spec.dtype) for spec in gives]
+        if program.run(INFER, fed, made) != [(len(fed[0]), *spec.shape[1:]) for spec in gives]:
             raise LocalError(f"{path.name} gives other shapes than it says")
-        return dict(zip(graph.outputs, made, strict=True))
+        return {name: value[: len(fed[0])] for name, value in zip(graph.outputs, made, strict=True)}
 
     return run

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_client.engines import onnx_runtime
-from wire.errors import LocalError, UserError
+from wire.errors import LocalError
 from wire.manifest import Manifest
 from wire.tensors import Array, Arrays
 
@@ -46,28 +46,25 @@ class Onnx:
         self._learning_rate = np.zeros((), np.float32)
 
     @staticmethod
-    def unusable() -> str:
-        """Why this engine cannot run here; empty if it can."""
-        try:
-            onnx_runtime.onnxruntime()
-        except UserError as error:
-            return str(error)
-        return ""
+    def check() -> None:
+        """Raises `UserError` where this engine cannot run."""
+        onnx_runtime.onnxruntime()
 
     def load(self, parameters: Mapping[str, Array]) -> None:
         """As in `Engine`."""
         self.close()
         self._session = onnx_runtime.open_session(self._files["train"], self._threads)
-        self._values = [
-            {name: np.array(parameters[torch_name], np.float32) for name, torch_name in self._names.items()}
-            for _ in range(2)
-        ]
+        first = {
+            name: np.array(parameters[torch_name], np.float32, order="C")
+            for name, torch_name in self._names.items()
+        }
+        second = {name: np.empty_like(value) for name, value in first.items()}
+        self._values = [first, second]
         self._moments = {
             f"{name}.{moment}": np.zeros_like(value)
-            for name, value in self._values[0].items()
+            for name, value in first.items()
             for moment in ("exp_sum", "exp_sum_sq")
         }
-        first, second = self._values
         self._bindings = [self._bound(first, second), self._bound(second, first)]
         self._step[...] = 0
 

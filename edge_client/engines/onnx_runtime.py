@@ -43,9 +43,7 @@ def onnxruntime() -> Any:
     try:
         import onnxruntime as package
     except ImportError as error:
-        raise UserError(
-            f"ONNX Runtime cannot be used here: {error}", "install it: pip install 'lamina[client]'"
-        ) from error
+        raise UserError(f"ONNX Runtime cannot be used here: {error}") from error
     finally:
         del sys.modules[_TRAINING]
     return package

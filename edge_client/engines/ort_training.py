@@ -43,13 +43,13 @@ class OrtTraining:
         self._optimizer: Any = None
 
     @staticmethod
-    def unusable() -> str:
-        """Why this engine cannot run here; empty if it can."""
-        try:
-            bindings = _bindings()
-        except UserError as error:
-            return str(error)
-        return "" if hasattr(bindings, "Module") else "the onnxruntime installed here cannot train"
+    def check() -> None:
+        """Raises `UserError` where this engine cannot run."""
+        if not hasattr(_bindings(), "Module"):
+            raise UserError(
+                "the onnxruntime installed here cannot train",
+                "pip uninstall onnxruntime, then pip install 'lamina[ort-training]'",
+            )
 
     def load(self, parameters: Mapping[str, Array]) -> None:
         """As in `Engine`."""

@@ -61,13 +61,14 @@ class World:
         folders: pytest.TempPathFactory,
         task: str = "contrastive",
         schedule: str = "layerwise",
+        engines: tuple[str, ...] = (ENGINE,),
         **blocks: int,
     ) -> World:
         """One of each kind is made for all the tests, which leave it as it is."""
-        key = (task, schedule, *blocks.items())
+        key = (task, schedule, engines, *blocks.items())
         if key not in _WORLDS:
             folder, model = folders.mktemp("world"), small(task, **blocks)
-            manifest = bundle(model, folder / "bundle", schedule).manifest
+            manifest = bundle(model, folder / "bundle", schedule, engines=engines).manifest
             data = write_examples(folder / "data")
             _WORLDS[key] = cls(model, manifest, schedule, folder / "bundle", data)
         return _WORLDS[key]

@@ -140,7 +140,8 @@ def test_a_wheel_that_is_not_the_one(tmp_path, monkeypatch, version, message):
     with pytest.raises(UserError, match=message):
         runtime.wheel()
     runtime.library.cache_clear()
-    assert message in ExecuTorch.unusable()
+    with pytest.raises(UserError, match=message):
+        ExecuTorch.check()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a program", b"x" * 5000])

@@ -172,7 +172,7 @@ def test_a_stop_is_heard_before_the_next_step(steps):
 @pytest.fixture(scope="module")
 def learn(tmp_path_factory):
     """Train a stage of the small model on a real engine: `learn(engine, stage, epochs)`."""
-    world = World.of(tmp_path_factory)
+    world = World.of(tmp_path_factory, engines=tuple(ENGINES))
     cache = FeatureCache(
         tmp_path_factory.mktemp("features") / "features",
         world.manifest,

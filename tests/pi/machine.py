@@ -4,7 +4,7 @@ Rules: a machine is told by what starts a program on it and where its files are;
 client comes from the built wheel with the dependencies of its extra, as a person would install it. What is
 installed is used again until the wheel changes.
 
-Next: `rounds.py`, the runs in which these clients train.
+Next: `runs.py`, the runs in which these clients train.
 """
 
 from __future__ import annotations

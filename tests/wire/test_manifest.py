@@ -63,7 +63,7 @@ def stage(**changes: Any) -> Stage:
         "warm_start": {},
         "inputs": {"image": TensorSpec((3, 8, 8), "float32"), "text": TensorSpec((6,), "int64")},
         "parameters": {"w": "image.block.0.weight", "b": "image.stem.patches.bias"},
-        "engines": {"onnx": {"train": "stage.0/train.onnx"}},
+        "engines": {"onnx": {"train": "stage.0/train.onnx", "eval": "image.0.onnx"}},
         "segments": {"image": graph},
         "encoders": {"image": graph},
     }
@@ -331,14 +331,39 @@ def test_a_modality_that_can_name_a_file_is_taken(name: str):
 @pytest.mark.parametrize(
     "change",
     [
+        lambda stage: stage["engines"]["onnx"].pop("eval"),
+        lambda stage: stage["engines"]["onnx"].update(more="words.model"),
+        lambda stage: stage["engines"].update({"ort-training": {"train": "words.model"}}),
+        lambda stage: stage["engines"].update(executorch={"program": "words.model"}),
+    ],
+    ids=["a role missing", "a role too many", "other engine", "segments of another form"],
+)
+def test_an_engine_without_a_file_of_each_role_is_refused(change: Callable[[dict[str, Any]], object]):
+    whole = document()
+    change(whole["stages"][0])
+    with pytest.raises(Malformed, match=r"not the files of an engine|no program for the engine"):
+        decode_json(whole)
+
+
+def test_an_engine_of_a_later_version_is_let_be():
+    whole = document()
+    for stage in whole["stages"]:
+        stage["engines"]["abacus"] = {"beads": "words.model"}
+    assert decode_json(whole).stages[0].engines["abacus"] == {"beads": "words.model"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         lambda whole: whole.update(initial="gone"),
         lambda whole: whole["modalities"]["text"]["options"].update(tokenizer="gone"),
         lambda whole: whole["stages"][1]["engines"]["onnx"].update(eval="gone"),
         lambda whole: whole["stages"][1]["segments"]["image"].update(file="gone"),
+        lambda whole: whole["stages"][1]["segments"]["image"].update(program="gone"),
         lambda whole: whole["stages"][1]["encoders"]["image"].update(file="gone"),
         lambda whole: whole["stages"][1]["classifier"].update(file="gone"),
     ],
-    ids=["initial", "tokenizer", "engine", "segment", "encoder", "classifier"],
+    ids=["initial", "tokenizer", "engine", "segment", "program", "encoder", "classifier"],
 )
 def test_a_named_file_that_is_not_listed_is_refused(change: Callable[[dict[str, Any]], object]):
     whole = document()
