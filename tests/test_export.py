@@ -218,8 +218,8 @@ class Off:
     def __init__(self, what):
         self.what = what
 
-    def available(self):
-        return engines.available()
+    def available(self, names):
+        return engines.available(names)
 
     def graph_file(self, engine, graph):
         return engines.graph_file(engine, graph)
