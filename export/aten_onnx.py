@@ -196,11 +196,16 @@ def _slice(
 ) -> str:
     if _same_shape(node, value):
         return writer.name(value)
+    first, last = _bounds(start, end)
+    limits = [writer.integers([one]) for one in (first, last, axis, step)]
+    return str(writer.write("Slice", value, *limits))
+
+
+def _bounds(start: Any, end: Any) -> tuple[int, int]:
+    """Where a cut begins and ends, as numbers."""
     if is_open(start or 0) or is_open(end or 0):
         raise UserError("the model cuts a tensor by the number of examples", "cut along other axes only")
-    last = _END if end is None else min(end, _END)
-    limits = [writer.integers([one]) for one in (start or 0, last, axis, step)]
-    return str(writer.write("Slice", value, *limits))
+    return start or 0, _END if end is None else min(end, _END)
 
 
 def _slice_scatter(
@@ -215,10 +220,9 @@ def _slice_scatter(
 ) -> str:
     if step != 1:
         raise UserError("the model cuts a tensor with a step", "take all of it, and drop what is too much")
-    along = writer.integers([axis])
-    before = writer.write("Slice", value, writer.integers([0]), writer.integers([start or 0]), along)
-    last = writer.integers([_END if end is None else min(end, _END)])
-    after = writer.write("Slice", value, last, writer.integers([_END]), along)
+    along, (first, last) = writer.integers([axis]), _bounds(start, end)
+    before = writer.write("Slice", value, writer.integers([0]), writer.integers([first]), along)
+    after = writer.write("Slice", value, writer.integers([last]), writer.integers([_END]), along)
     return str(writer.write("Concat", before, part, after, axis=axis))
 
 

@@ -8,7 +8,6 @@ Next: `export/onnx_step.py`, `export/ort_training.py`, `export/executorch.py`.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from export.stage import Cut, TrainCut
 from export.step import loss_and_gradients
 from wire.errors import UserError
 from wire.manifest import AdamW
+from wire.packages import installed
 
 Files = dict[str, tuple[str, bytes]]
 
@@ -88,7 +88,7 @@ _NEEDS = {
 
 def exportable() -> tuple[str, ...]:
     """The engines whose files can be made here."""
-    return tuple(name for name in EXPORTERS if name not in _NEEDS or any(map(_installed, _NEEDS[name])))
+    return tuple(name for name in EXPORTERS if name not in _NEEDS or any(map(installed, _NEEDS[name])))
 
 
 def check_engines(names: Sequence[str]) -> tuple[str, ...]:
@@ -103,14 +103,6 @@ def check_engines(names: Sequence[str]) -> tuple[str, ...]:
                 f"pip install 'lamina[export]', or export for {' and '.join(possible)} only",
             )
     return tuple(name for name in EXPORTERS if name in names)
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 @dataclass

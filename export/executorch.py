@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -37,15 +36,13 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from export.executorch_graph import recompute, simplify, write, write_over
 from export.executorch_memory import plan
 from export.executorch_ops import lamina
-from export.stage import Cut, TrainCut, example
-from export.step import TRACE_BATCH, FlatLinear, aten, decompositions, is_open, stand_in
+from export.stage import Cut, TrainCut
+from export.step import FlatLinear, aten, is_open, traced
 from wire.manifest import AdamW
 
 TRAIN, EVALUATE, INFER = "train", "evaluate", "infer"
@@ -77,14 +74,8 @@ def inference_program(cut: Cut, max_batch_size: int) -> bytes:
             )
         return (result,)
 
-    inputs = example(
-        cut.inputs, TRACE_BATCH, dict.fromkeys(cut.inputs, 1), torch.Generator().manual_seed(0)
-    )
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    values = [stand_in(mode, value, open_batch=True) for value in inputs.values()]
-    values += [stand_in(mode, value.detach(), open_batch=False) for value in cut.parameters()]
-    with mode, torch.no_grad():
-        graph = make_fx(compute, decomposition_table=decompositions())(*values).graph
+    with torch.no_grad():
+        graph = traced(cut, compute, inputs_first=True).graph
     simplify(graph)
     return _program({INFER: graph}, max_batch_size)
 

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from export.stage import TrainCut, example
+from export.stage import Cut, TrainCut, example
 from wire.errors import UserError
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ KEPT = (
     aten.embedding_dense_backward.default,
     aten._softmax_backward_data.default,
 )
-TRACE_BATCH = 19  # no other size is likely to be the same
+_TRACE_BATCH = 19  # no other size is likely to be the same
 
 _traced: dict[bytes, fx.GraphModule] = {}
 
@@ -61,13 +61,7 @@ def _trace(cut: TrainCut) -> fx.GraphModule:
         gradients, value = torch.func.grad_and_value(loss)(parameters)
         return (value, *(gradients[name] for name in names))
 
-    limits = dict.fromkeys(cut.inputs, 1)
-    inputs = example(cut.inputs, TRACE_BATCH, limits, torch.Generator().manual_seed(0))
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    values = [stand_in(mode, value.detach(), open_batch=False) for value in cut.parameters()]
-    values += [stand_in(mode, value, open_batch=True) for value in inputs.values()]
-    with mode:
-        graph = make_fx(compute, decomposition_table=decompositions())(*values)
+    graph = traced(cut, compute)
     sizes = [node.meta["val"].shape[0] for node in _placeholders(graph)[len(names) :]]
     if any(not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None for size in sizes):
         raise UserError(
@@ -75,6 +69,18 @@ def _trace(cut: TrainCut) -> fx.GraphModule:
         )
     graph.graph.eliminate_dead_code()
     return graph
+
+
+def traced(cut: Cut, compute: Callable[..., Any], *, inputs_first: bool = False) -> fx.GraphModule:
+    """The operations of `compute` on `cut`'s parameters and a batch of its inputs, or the other way."""
+    limits = dict.fromkeys(cut.inputs, 1)
+    inputs = example(cut.inputs, _TRACE_BATCH, limits, torch.Generator().manual_seed(0))
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    parameters = [_stand_in(mode, value.detach(), open_batch=False) for value in cut.parameters()]
+    batch = [_stand_in(mode, value, open_batch=True) for value in inputs.values()]
+    values = [*batch, *parameters] if inputs_first else [*parameters, *batch]
+    with mode:
+        return make_fx(compute, decomposition_table=_decompositions())(*values)
 
 
 def is_open(size: Any) -> bool:
@@ -86,7 +92,7 @@ def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def stand_in(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor:
+def _stand_in(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor:
     """A stand-in of the same shape, all of it fixed but, perhaps, the first size."""
     kinds = [DimDynamic.STATIC] * value.dim()
     if open_batch:
@@ -94,7 +100,7 @@ def stand_in(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor
     return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
+def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Torch's own, of everything that is not core ATen, but for `KEPT`."""
     table: Any = torch.export.default_decompositions()
     table = dict(table.items())

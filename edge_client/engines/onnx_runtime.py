@@ -10,7 +10,6 @@ Next: `edge_client/engines/onnx.py` and `ort_training.py`; `edge_client/cache.py
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from wire.errors import UserError
 from wire.manifest import Graph
+from wire.packages import installed
 from wire.tensors import Array
 
 Inputs = Mapping[str, npt.NDArray[Any]]
@@ -34,7 +34,7 @@ def onnxruntime() -> Any:
     """The package. Raises `UserError` where it is missing or does not load."""
     if "onnxruntime" in sys.modules:
         return sys.modules["onnxruntime"]
-    if all(map(_installed, _PACKAGES)):
+    if all(map(installed, _PACKAGES)):
         raise UserError(
             f"{' and '.join(_PACKAGES)} are both installed, and overwrite each other",
             f"pip uninstall {' '.join(_PACKAGES)}, then install the one that is meant",
@@ -47,14 +47,6 @@ def onnxruntime() -> Any:
     finally:
         del sys.modules[_TRAINING]
     return package
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def session_options(threads: int, *, arena: bool = True) -> Any:
