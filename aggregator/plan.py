@@ -12,7 +12,14 @@ import msgspec
 from msgspec import Meta
 
 from wire.errors import UserError
-from wire.messages import MAX_LEARNING_RATE, MAX_SECONDS, RoundKey, TrainPlan
+from wire.messages import (
+    MAX_AUGMENTATIONS,
+    MAX_LEARNING_RATE,
+    MAX_SECONDS,
+    Compression,
+    RoundKey,
+    TrainPlan,
+)
 
 
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +46,10 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     final_learning_rate_share: Annotated[
         float, Meta(description="Share of the learning rate that is left in a stage's last round.")
     ] = 0.1
+    augmentations: Annotated[
+        int, Meta(description="Views of each image to draw from; 0: the image as it is.")
+    ] = 0
+    compression: Annotated[Compression, Meta(description="Of what travels each round.")] = "none"
     seed: Annotated[int, Meta(description="Of cohorts and of the order of examples.")] = 0
     announce_s: Annotated[float, Meta(description="Seconds between two copies of an offer.")] = 5.0
     heartbeat_s: Annotated[float, Meta(description="Seconds between two signs of life of a client.")] = 10.0
@@ -55,6 +66,10 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "batch_size": (1 <= self.batch_size < 2**31, "at least 1"),
             "learning_rate": (0 < self.learning_rate <= MAX_LEARNING_RATE, "more than 0"),
             "final_learning_rate_share": (0 <= self.final_learning_rate_share <= 1, "between 0 and 1"),
+            "augmentations": (
+                0 <= self.augmentations <= MAX_AUGMENTATIONS,
+                f"from 0 to {MAX_AUGMENTATIONS}",
+            ),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
             "announce_s": (0 < self.announce_s <= MAX_SECONDS, "more than 0 seconds"),
             "heartbeat_s": (0 < self.heartbeat_s <= MAX_SECONDS, "more than 0 seconds"),
@@ -78,4 +93,6 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             batch_size=self.batch_size,
             local_epochs=self.local_epochs,
             seed=(self.seed * 1009 + key.stage) * 100_003 + key.round,
+            compression=self.compression,
+            augmentations=self.augmentations,
         )

@@ -33,6 +33,7 @@ class Device:
     name: unique in the run, a topic level. data: the folder of examples. folder: where it keeps its state.
     engine: of `edge_client.engines.ENGINES`, or `auto`. threads: of a train step.
     columns: a modality's name -> what the table calls it, where that differs.
+    feature_dtype: of the features on disk. max_feature_bytes: the most that they may take, None for no limit.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Device:
     engine: str = "auto"
     threads: int = 1
     columns: Mapping[str, str] = field(default_factory=dict)
+    feature_dtype: str = "float16"
+    max_feature_bytes: int | None = None
 
     @contextmanager
     def opened(self) -> Iterator[Store]:

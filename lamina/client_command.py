@@ -18,6 +18,7 @@ from lamina.options import (
     column_option,
     config_option,
     engine_option,
+    feature_options,
     pairs,
     run_until_stopped,
 )
@@ -42,6 +43,7 @@ from wire.topics import check_name
     default=0,
     help="Threads of a train step.  [default: all cores]",
 )
+@feature_options
 @column_option
 @click.option(
     "--dir",
@@ -57,6 +59,8 @@ def command(
     run: str | None,
     engine: str,
     threads: int,
+    feature_dtype: str,
+    max_feature_mb: int | None,
     columns: tuple[str, ...],
     folder: Path | None,
 ) -> None:
@@ -80,6 +84,8 @@ def command(
         engine=engine,
         threads=threads or os.cpu_count() or 1,
         columns=pairs(columns, "--column"),
+        feature_dtype=feature_dtype,
+        max_feature_bytes=None if max_feature_mb is None else max_feature_mb * 10**6,
     )
     run_until_stopped(take_part(address, device, run))
 

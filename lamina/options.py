@@ -47,6 +47,26 @@ def engine_option(**settings: Any) -> Callable[[F], F]:
     return click.option("--engine", type=click.Choice([AUTO, *ENGINES]), **(words | settings))
 
 
+def feature_options(function: F) -> F:
+    """`--feature-dtype` and `--max-feature-mb`: how a client keeps what the frozen prefix computes."""
+    for option in (
+        click.option(
+            "--max-feature-mb",
+            type=click.IntRange(min=0),
+            help="Disk for features; with less than they need, each batch computes its own.  [default: all]",
+        ),
+        click.option(
+            "--feature-dtype",
+            type=click.Choice(["float16", "float32"]),
+            default="float16",
+            show_default=True,
+            help="How features are kept on disk.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def column_option(function: F) -> F:
     """`--column`, for a table that calls the modalities otherwise; collect them with `pairs`."""
     return click.option(
@@ -107,7 +127,7 @@ def model_options(function: F) -> F:
 def plan_options(**defaults: Any) -> Callable[[F], F]:
     """An option for each setting of `aggregator.plan.RunPlan`, with these defaults instead of its own."""
     import msgspec
-    from msgspec.inspect import IntType, Metadata, StructType
+    from msgspec.inspect import IntType, LiteralType, Metadata, StructType
 
     from aggregator.plan import RunPlan
 
@@ -117,9 +137,13 @@ def plan_options(**defaults: Any) -> Callable[[F], F]:
     def add(function: F) -> F:
         for field in reversed(struct.fields):
             assert isinstance(field.type, Metadata)
+            inner = field.type.type
+            kind: Any = int if isinstance(inner, IntType) else float
+            if isinstance(inner, LiteralType):
+                kind = click.Choice([str(value) for value in inner.values])
             function = click.option(
                 f"--{field.name.replace('_', '-')}",
-                type=int if isinstance(field.type.type, IntType) else float,
+                type=kind,
                 default=defaults.get(field.name, field.default),
                 show_default=True,
                 help=(field.type.extra_json_schema or {}).get("description"),

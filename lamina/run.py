@@ -30,6 +30,7 @@ from lamina.options import (
     column_option,
     config_option,
     engine_option,
+    feature_options,
     model_options,
     pairs,
     plan_options,
@@ -51,7 +52,7 @@ class LocalRun:
     """What the options say.
 
     folder: of this run. broker: None for our own. engines: of the clients, in turn.
-    plan: aggregator options.
+    features: client options. plan: aggregator options.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LocalRun:
     columns: tuple[str, ...]
     engines: tuple[str, ...]
     threads: int
+    features: tuple[str, ...]
     broker: str | None
     plan: dict[str, Any]
 
@@ -97,6 +99,7 @@ class LocalRun:
     default=0,
     help="Threads of each client's train step.  [default: its share of the cores]",
 )
+@feature_options
 @click.option(
     "--dir",
     "folder",
@@ -120,6 +123,8 @@ def command(
     columns: tuple[str, ...],
     engine: tuple[str, ...],
     threads: int,
+    feature_dtype: str,
+    max_feature_mb: int | None,
     folder: Path,
     name: str | None,
     as_json: bool,
@@ -156,6 +161,10 @@ def command(
         columns=columns,
         engines=engines,
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
+        features=(
+            *("--feature-dtype", feature_dtype),
+            *(() if max_feature_mb is None else ("--max-feature-mb", str(max_feature_mb))),
+        ),
         broker=broker,
         plan=plan,
     )
@@ -280,7 +289,8 @@ def _client_arguments(run: LocalRun, url: str, client: str) -> list[str]:
     arguments = ["--broker", url, "--data", str(run.data / "clients" / client), "--name", client]
     arguments += ["--run", run.name, "--dir", str(run.folder / "clients" / client)]
     engine = run.engines[run.clients.index(client) % len(run.engines)]
-    return [*arguments, *_columns(run), "--engine", engine, "--threads", str(run.threads)]
+    arguments += ["--engine", engine, "--threads", str(run.threads), *run.features]
+    return [*arguments, *_columns(run)]
 
 
 def _columns(run: LocalRun) -> list[str]:

@@ -14,7 +14,7 @@ Next: `wire/rounds.py`, which states these messages move each side through.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -26,8 +26,11 @@ from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 
 MAX_LEARNING_RATE = 1e6
 MAX_SECONDS = 1e9
+MAX_AUGMENTATIONS = 1000
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
+
+Compression = Literal["none", "float16", "int8"]
 
 Name = Annotated[str, Meta(pattern=rf"^{NAME_PATTERN}\Z")]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
@@ -76,12 +79,17 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
 
 
 class TrainPlan(msgspec.Struct, frozen=True):
-    """How to train locally in this round. `seed` fixes the order of the examples."""
+    """How to train locally in this round. `seed` fixes the order of the examples.
+
+    compression: of the update. augmentations: views of each image to draw from, 0 for the image as it is.
+    """
 
     learning_rate: Annotated[float, Meta(ge=0, le=MAX_LEARNING_RATE)]
     batch_size: Annotated[int, Meta(ge=1, le=2**31)]
     local_epochs: Annotated[int, Meta(ge=1, le=2**31)]
     seed: Count
+    compression: Compression = "none"
+    augmentations: Annotated[int, Meta(ge=0, le=MAX_AUGMENTATIONS)] = 0
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
@@ -137,6 +145,7 @@ class Usage(msgspec.Struct, frozen=True, tag=True):
     bytes_sent, bytes_received: counted at the MQTT socket since the last `Usage`.
     opened_s: the offer's, for a round may be offered more than once.
     peak_rss_bytes: the process's high-water mark so far. seconds: from the offer to its end.
+    cpu_s: processor time of the process since the last `Usage`.
     """
 
     key: RoundKey
@@ -145,6 +154,7 @@ class Usage(msgspec.Struct, frozen=True, tag=True):
     peak_rss_bytes: Count
     seconds: Seconds
     opened_s: Instant = 0.0
+    cpu_s: Seconds = 0.0
 
 
 Message = Announcement | Hello | Bye | Offer | Want | Report | Receipt | Usage
