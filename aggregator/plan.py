@@ -50,6 +50,9 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         int, Meta(description="Views of each image to draw from; 0: the image as it is.")
     ] = 0
     compression: Annotated[Compression, Meta(description="Of what travels each round.")] = "none"
+    prefix_compression: Annotated[Compression, Meta(description="Of blocks, when they are frozen.")] = (
+        "none"
+    )
     seed: Annotated[int, Meta(description="Of cohorts and of the order of examples.")] = 0
     announce_s: Annotated[float, Meta(description="Seconds between two copies of an offer.")] = 5.0
     heartbeat_s: Annotated[float, Meta(description="Seconds between two signs of life of a client.")] = 10.0
@@ -94,5 +97,6 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             local_epochs=self.local_epochs,
             seed=(self.seed * 1009 + key.stage) * 100_003 + key.round,
             compression=self.compression,
+            prefix_compression=self.prefix_compression,
             augmentations=self.augmentations,
         )
