@@ -47,6 +47,7 @@ class Parameters:
         change = offer.change
         if change is None or self._store.has(offer.parameters) or not self._store.has(change.base):
             return
+        self._base = change.base  # also when an earlier process has left it
         begins = change.result != offer.parameters  # and the change is the stage before's
         if begins and offer.key.stage == 0:
             raise Malformed(f"the change of {offer.key} leads to other parameters")

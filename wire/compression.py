@@ -3,9 +3,9 @@
 Rules:
 - A channel is a row along the first axis, or the whole of a tensor with fewer than two axes. Each has a
   float32 scale for its largest magnitude, so one that moves little keeps its digits beside others.
-- int8 rounds up or down at random, in proportion to what is left over, so the expected value is the value
-  itself and the mean of many updates is unbiased (QSGD, Alistarh et al., arXiv 1610.02132). The seed makes it
-  the same each time. float16 rounds to nearest.
+- int8 rounds up or down at random, in proportion to what is left over: the expected value is the value
+  itself, and the mean of many updates is unbiased (QSGD, Alistarh et al., arXiv 1610.02132). The seed makes
+  it the same each time. float16 rounds to nearest.
 - What comes in is untrusted: its size is checked before it is unpacked, names and shapes before any use.
 
 A compressed change is a zstd frame of safetensors, for each tensor `name` (the values) and `name.scale`.
@@ -105,7 +105,8 @@ def _rounded_at_random(values: Array, generator: np.random.Generator) -> Array:
 
 def _rows(array: Array) -> Array:
     """[channels, values of one]."""
-    return array.reshape(len(array), -1) if array.ndim > 1 else array.reshape(1, -1)
+    channels = _channels(array.shape)
+    return array.reshape(channels, array.size // max(channels, 1))
 
 
 def _channels(shape: tuple[int, ...]) -> int:
