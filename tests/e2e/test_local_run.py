@@ -99,7 +99,7 @@ def test_clients_with_different_engines_train_in_one_run(run: Run) -> None:
 
 
 def test_compressed_changes_in_both_directions(run: Run) -> None:
-    """int8 for all that travels: a quarter of the bytes, and about the same model, the same for everyone."""
+    """int8 for all that travels: a quarter of the bytes, about the same model, the same for everyone."""
     options = ("--schedule", "layerwise")
     small, folder = run("small", *options, "--compression", "int8", "--prefix-compression", "int8")
     whole, _ = run("layerwise", *options)

@@ -1,4 +1,4 @@
-"""A client's parameters from changes: the same as whole ones, and whole ones where a change is of no use."""
+"""A client's parameters from changes: the same as whole ones, and whole ones where changes are of no use."""
 
 from __future__ import annotations
 
