@@ -1,8 +1,8 @@
 """An array on disk, row by row: written once, whole or not at all, proved when it is opened.
 
-Rules: a file is numpy's `.npy` with the SHA-256 of all that is before at its end, for flash cards forget and
-power fails. It is written under another name, synced and renamed. Rows are read, not mapped: pages of a
-map count as the process's memory, and a map of a broken disk kills it.
+Rules: a file is numpy's `.npy` with the SHA-256 of all that is before at its end, for flash cards forget.
+It is written under another name, synced and renamed. Rows are read, not mapped: the pages of a map count as
+the process's memory, and where the disk fails a map kills the process.
 
 Next: `inputs/store.py`, which keeps examples so; `edge_client/cache.py`, which keeps features so.
 """
@@ -55,7 +55,9 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.integer], dtype: npt.DTypeLike = None) -> AnyArray:
+    def read(
+        self, indices: Sequence[int] | npt.NDArray[np.integer], dtype: npt.DTypeLike | None = None
+    ) -> AnyArray:
         """`[B, ...]`, as `dtype` if one is given. Raises `UserError` where the disk fails."""
         row = np.empty(self.shape[1:], self.dtype)
         rows = np.empty((len(indices), *row.shape), dtype or self.dtype)
@@ -63,9 +65,11 @@ class Rows:
             if not 0 <= index < len(self):
                 raise IndexError(f"row {index} of {len(self)}")
             try:
-                size = os.preadv(self._handle, [row], self._first + int(index) * row.nbytes)
+                size = os.preadv(self._handle, [row.data], self._first + int(index) * row.nbytes)
             except OSError as error:
-                raise UserError(f"{self.path} cannot be read: {error.strerror}", "check the disk") from error
+                raise UserError(
+                    f"{self.path} cannot be read: {error.strerror}", "check the disk"
+                ) from error
             if size != row.nbytes:
                 raise UserError(f"{self.path} has become shorter", "check the disk, and start again")
             rows[place] = row

@@ -49,10 +49,11 @@ def _moved(picture: Picture, scale: tuple[float, float], shift: npt.NDArray[np.f
         Image.Resampling.BILINEAR,
         fillcolor=_WHITE,
     )
-    return np.asarray(moved).transpose(2, 0, 1)
+    return np.asarray(moved, np.uint8).transpose(2, 0, 1)
 
 
 def _tinted(picture: Picture, change: npt.NDArray[np.float64]) -> Picture:
     """Each channel's distance from white, made larger or smaller by its share of `change`."""
     ink = (255 - picture).astype(np.float32) * (1 + change.astype(np.float32)).reshape(3, 1, 1)
-    return 255 - np.rint(ink).clip(0, 255).astype(np.uint8)
+    tinted: Picture = 255 - np.rint(ink).clip(0, 255).astype(np.uint8)
+    return tinted
