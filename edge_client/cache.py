@@ -20,6 +20,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -50,6 +51,7 @@ class Step:
 
     file: of the bundle, with the graph in the form that the engine's runtime reads.
     source: the name of the features that go in; None where raw inputs do. target: of those that come out.
+    num_views: of each example; 0: the examples as they are.
     """
 
     modality: str
@@ -58,6 +60,7 @@ class Step:
     file: str
     source: Path | None
     target: Path
+    num_views: int
 
 
 class FeatureCache:
@@ -84,19 +87,21 @@ class FeatureCache:
         self._max_bytes = max_bytes
         self._prefixes: dict[Path, Prefix] = {}
         """By the name of the features, whether there is a file of that name or not."""
-        if max_bytes is not None and self._used() > max_bytes:  # it was more before
-            self._keep(set())
+        with self._telling():
+            if max_bytes is not None and self._used() > max_bytes:  # it was more before
+                self._keep(set())
 
     def steps(self, offer: Offer) -> list[Step]:
         """What has to run before the offer's stage can train, stage by stage."""
         chains = {modality: self._chain(modality, offer) for modality in self._manifest.modalities}
-        self._keep({path for chain in chains.values() for path in chain if path is not None})
-        missing = [
-            step for modality, chain in chains.items() for step in self._missing(modality, chain, offer)
-        ]
+        with self._telling():
+            self._keep({path for chain in chains.values() for path in chain if path is not None})
+            missing = [
+                step for modality, chain in chains.items() for step in self._missing(modality, chain, offer)
+            ]
         return sorted(missing, key=lambda step: step.stage)
 
-    def run(self, step: Step, offer: Offer, run: Run, parameters: Arrays, stop: Event) -> None:
+    def run(self, step: Step, run: Run, parameters: Arrays, stop: Event) -> None:
         """Run one step and keep what comes out; where there is no room for it, only how it is computed.
 
         run: of `by_own_names(step.graph)`. parameters: torch name -> float32, at least the graph's. Raises
@@ -105,26 +110,16 @@ class FeatureCache:
         values = {name: parameters[torch_name] for name, torch_name in step.graph.parameters.items()}
         below = Prefix(None) if step.source is None else self._prefixes[step.source]
         prefix = Prefix(below.rows, (*below.segments, Segment(step.graph, run, values)))
-        shape = self._shape(step.modality, step.stage + 1, offer)
-        if not self._has_room(step, file_bytes(shape, self._dtype)):
-            self._prefixes[step.target] = prefix
-            return
-        try:
-            write_rows(step.target, shape, self._dtype, self._computed(step, prefix, offer, stop))
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise UserError(
-                    f"features cannot be written to {self._folder}: {error.strerror}",
-                    "mend the disk, or give the client another --dir",
-                ) from error
-            self._warn(step, file_bytes(shape, self._dtype), 0, "free some space")
-            self._prefixes[step.target] = prefix
-            return
-        if not self._is_known(step.target, shape):
-            raise UserError(f"{step.target} was written and cannot be read back", "check the disk")
-        if step.source is not None:
-            self._prefixes.pop(step.source)
-            step.source.unlink(missing_ok=True)
+        shape = self._shape(step.modality, step.stage + 1, step.num_views)
+        with self._telling():
+            if not self._is_written(step, prefix, shape, stop):
+                self._prefixes[step.target] = prefix
+                return
+            if not self._is_known(step.target, shape):
+                raise UserError(f"{step.target} was written and cannot be read back", "check the disk")
+            if step.source is not None:
+                del self._prefixes[step.source]
+                step.source.unlink(missing_ok=True)
 
     def features(self, offer: Offer) -> Features:
         """The offer's stage's inputs; all `steps` have run. Older features are removed."""
@@ -136,23 +131,38 @@ class FeatureCache:
         }
         prefixes = {self._input(modality): self._prefixes[path] for modality, path in targets.items()}
         self._prefixes = {path: self._prefixes[path] for path in targets.values()}
-        self._keep({prefix.rows.path for prefix in prefixes.values() if prefix.rows is not None})
+        with self._telling():
+            self._keep({prefix.rows.path for prefix in prefixes.values() if prefix.rows is not None})
         return Features(self._dataset, frozenset(stage.inputs), prefixes, self._manifest.segment_batch_size)
 
-    def _computed(self, step: Step, prefix: Prefix, offer: Offer, stop: Event) -> Iterator[AnyArray]:
+    def _is_written(self, step: Step, prefix: Prefix, shape: tuple[int, ...], stop: Event) -> bool:
+        """Write the features of a step; whether the disk had room for them."""
+        needed = file_bytes(shape, self._dtype)
+        if not self._has_room(step, needed):
+            return False
+        try:
+            write_rows(step.target, shape, self._dtype, self._computed(step, prefix, stop))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._warn(step, needed, 0, "free some space")
+            return False
+        return True
+
+    def _computed(self, step: Step, prefix: Prefix, stop: Event) -> Iterator[AnyArray]:
         """The rows of a step's features as they go to the disk."""
         name = self._input(step.modality)
         features = Features(
             self._dataset, frozenset({name}), {name: prefix}, self._manifest.segment_batch_size
         )
-        pieces = every_row(features, name, self._num_views(step.modality, offer), stop)
+        pieces = every_row(features, name, step.num_views, stop)
         return saturated(pieces, self._dtype, f"the {step.modality} features")
 
     def _input(self, modality: str) -> str:
         return next(iter(self._manifest.modalities[modality].inputs))
 
     def _num_views(self, modality: str, offer: Offer) -> int:
-        """0: the examples as they are."""
+        """As in `Step`."""
         return offer.plan.augmentations if modality in self._dataset.augmented else 0
 
     def _chain(self, modality: str, offer: Offer) -> list[Path | None]:
@@ -172,22 +182,23 @@ class FeatureCache:
         return files
 
     def _missing(self, modality: str, chain: list[Path | None], offer: Offer) -> list[Step]:
+        num_views = self._num_views(modality, offer)
         steps: list[Step] = []
         for number in range(offer.key.stage, 0, -1):
             source, target = chain[number - 1], chain[number]
             if target is None or target == source:
                 continue
-            if self._is_known(target, self._shape(modality, number, offer)):
+            if self._is_known(target, self._shape(modality, number, num_views)):
                 break
             graph = self._manifest.stages[number - 1].segments[modality]
             file = graph_file(self._engine, graph)
-            steps.append(Step(modality, number - 1, graph, file, source, target))
+            steps.append(Step(modality, number - 1, graph, file, source, target, num_views))
         return steps[::-1]
 
-    def _shape(self, modality: str, stage: int, offer: Offer) -> tuple[int, ...]:
+    def _shape(self, modality: str, stage: int, num_views: int) -> tuple[int, ...]:
         """Of the features that the segments below `stage` give, on disk."""
         spec = self._manifest.stages[stage].inputs[self._input(modality)]
-        return (len(self._dataset) * max(1, self._num_views(modality, offer)), *spec.shape)
+        return (len(self._dataset) * max(1, num_views), *spec.shape)
 
     def _is_known(self, path: Path, shape: tuple[int, ...]) -> bool:
         """Whether these features can be had; a file is read and proved once."""
@@ -205,15 +216,9 @@ class FeatureCache:
         """Whether `needed` more bytes fit beside what is here: a file and the one it is made of are both
         there while it is written.
         """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            used = self._used()
-            free = shutil.disk_usage(self._folder).free - RESERVE_BYTES
-        except OSError as error:
-            raise UserError(
-                f"features cannot be written to {self._folder}: {error.strerror}",
-                "give the client another --dir",
-            ) from error
+        self._folder.mkdir(parents=True, exist_ok=True)
+        used = self._used()
+        free = shutil.disk_usage(self._folder).free - RESERVE_BYTES
         if needed > free:
             self._warn(step, needed, free, "free some space")
         elif self._max_bytes is not None and used + needed > self._max_bytes:
@@ -238,3 +243,13 @@ class FeatureCache:
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
             if path not in wanted:
                 path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"features cannot be written to {self._folder}: {error.strerror}",
+                "mend the disk, or give the client another --dir",
+            ) from error

@@ -188,13 +188,13 @@ class Session:
         return await self._values(offer.parameters, stage.trainable)
 
     async def _features(self, offer: Offer) -> Features:
-        missing = await asyncio.to_thread(self._cache.steps, offer)
+        missing = await _in_thread(lambda _stop: self._cache.steps(offer))
         for stage, steps in groupby(missing, key=lambda step: step.stage):
             frozen = self._manifest.groups_frozen_after(stage)
             values = await self._values(offer.frozen[stage], frozen)
             for step in steps:
                 await self._bundle.need(step.file)
-                await _in_thread(partial(self._run, step, offer, values))
+                await _in_thread(partial(self._run, step, values))
         return self._cache.features(offer)
 
     async def _values(self, ref: BlobRef, groups: tuple[str, ...]) -> Arrays:
@@ -206,13 +206,13 @@ class Session:
         finally:
             path.unlink(missing_ok=True)
 
-    def _run(self, step: Step, offer: Offer, values: Arrays, stop: StopEvent) -> None:
+    def _run(self, step: Step, values: Arrays, stop: StopEvent) -> None:
         run = self._graphs.get(step.file)
         if run is None:
             graph = by_own_names(step.graph)
             run = open_graph(self._engine, self._bundle.file, graph, self._device.threads)
             self._graphs[step.file] = run
-        self._cache.run(step, offer, run, values, stop)
+        self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:
         with open_engine(

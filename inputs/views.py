@@ -49,7 +49,8 @@ def _moved(picture: Picture, scale: tuple[float, float], shift: npt.NDArray[np.f
         Image.Resampling.BILINEAR,
         fillcolor=_WHITE,
     )
-    return np.asarray(moved, np.uint8).transpose(2, 0, 1)
+    pixels: Picture = np.asarray(moved).transpose(2, 0, 1)
+    return pixels
 
 
 def _tinted(picture: Picture, change: npt.NDArray[np.float64]) -> Picture:
