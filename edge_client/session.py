@@ -20,11 +20,13 @@ from itertools import groupby
 from pathlib import Path
 from threading import Event as StopEvent
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from edge_client import pending
-from edge_client.cache import FeatureCache, Features, Step
+from edge_client.cache import FeatureCache, Step
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
-from edge_client.engines import choose, open_engine, open_graph
+from edge_client.engines import Run, choose, open_engine, open_graph
+from edge_client.features import Features, by_own_names
 from edge_client.link import Link, find_run
 from edge_client.parameters import Parameters
 from edge_client.pending import Pending, Work
@@ -131,8 +133,16 @@ class Session:
         self._manifest = bundle.manifest
         self._engine = engine
         self._dataset = dataset
-        self._cache = FeatureCache(device.folder / "features", bundle.manifest, dataset, engine)
+        self._cache = FeatureCache(
+            device.folder / "features",
+            bundle.manifest,
+            dataset,
+            engine,
+            dtype=device.feature_dtype,
+            max_bytes=device.max_feature_bytes,
+        )
         self._parameters = Parameters(bundle.manifest, link, store)
+        self._graphs: WeakValueDictionary[str, Run] = WeakValueDictionary()  # by file, while in use
         self._machine = RoundMachine(Role.CLIENT)
         self._told = (0, 0)  # bytes sent and received that have been reported
         self._told_cpu_s = 0.0
@@ -179,7 +189,8 @@ class Session:
         return receipt
 
     async def _features(self, offer: Offer) -> Features:
-        for stage, steps in groupby(self._cache.steps(offer), key=lambda step: step.stage):
+        missing = await _in_thread(lambda _stop: self._cache.steps(offer))
+        for stage, steps in groupby(missing, key=lambda step: step.stage):
             values = await self._parameters.frozen(offer, stage)
             for step in steps:
                 await self._bundle.need(step.file)
@@ -187,7 +198,11 @@ class Session:
         return self._cache.features(offer)
 
     def _run(self, step: Step, values: Arrays, stop: StopEvent) -> None:
-        run = open_graph(self._engine, self._bundle.file, step.graph, self._device.threads)
+        run = self._graphs.get(step.file)
+        if run is None:
+            graph = by_own_names(step.graph)
+            run = open_graph(self._engine, self._bundle.file, graph, self._device.threads)
+            self._graphs[step.file] = run
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:

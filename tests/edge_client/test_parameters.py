@@ -1,4 +1,4 @@
-"""A client's parameters from changes: the same as whole ones, and whole ones where changes are of no use."""
+"""Parameters from changes: the same as whole ones, which a client fetches where changes are of no use."""
 
 from __future__ import annotations
 
