@@ -157,6 +157,7 @@ def test_an_epoch_draws_a_view_of_each_example():
     assert {view for epoch in epochs for view in epoch.values()} == {0, 1, 2, 3}
     assert all(one != other for one, other in pairwise(epochs))
     assert drawn(augmentations=4, local_epochs=5) == epochs
+    assert drawn(augmentations=4, local_epochs=5, batch_size=7) == epochs  # a view belongs to its example
     assert drawn(augmentations=4, local_epochs=5, seed=1) != epochs
 
 
