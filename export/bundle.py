@@ -72,6 +72,7 @@ def export_bundle(
     optimizer: AdamW | None = None,
     engines: Sequence[str] | None = None,
     max_batch_size: int = MAX_BATCH_SIZE,
+    expected_peak_bytes: Sequence[int] = (),
     runtimes: Engines | None = None,
     seed: int = 0,
     force: bool = False,
@@ -82,6 +83,7 @@ def export_bundle(
     classes: label names of a classification model, in the order of its logits.
     engines: those to export for; None: all whose files can be made here.
     max_batch_size: the largest batch to train with.
+    expected_peak_bytes: of a client, one a stage (`export/budget.py`); empty: unknown.
     runtimes: the package `edge_client.engines`, which the check runs the bundle on; None: no check.
     seed: of the check's random inputs.
     Raises `UserError` where arguments do not fit, `ParityError` where the bundle does not follow torch.
@@ -98,7 +100,11 @@ def export_bundle(
         values = parameter_values(model)
         files.add(INITIAL, pack(values))
         cuts = cut_stages(model, schedule.stages)
-        stages = tuple(_stage(number, cut, model, makers, files) for number, cut in enumerate(cuts))
+        peaks = expected_peak_bytes or [0] * len(cuts)
+        stages = tuple(
+            _stage(number, cut, model, makers, files, peak)
+            for number, (cut, peak) in enumerate(zip(cuts, peaks, strict=True))
+        )
         manifest = Manifest(
             format=FORMAT,
             builder=model.builder,
@@ -128,7 +134,9 @@ def parameter_values(model: Model) -> Arrays:
     return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
 
 
-def _stage(number: int, cuts: StageCuts, model: Model, makers: EngineFiles, files: _Files) -> Stage:
+def _stage(
+    number: int, cuts: StageCuts, model: Model, makers: EngineFiles, files: _Files, expected_peak_bytes: int
+) -> Stage:
     def graph(kind: str, cut: Cut, *, on_device: bool = False) -> Graph:
         return _graph(f"stage{number}.{kind}", cut, model, files, makers if on_device else None)
 
@@ -152,6 +160,7 @@ def _stage(number: int, cuts: StageCuts, model: Model, makers: EngineFiles, file
         },
         encoders={name: graph(f"{name}.encoder", cut) for name, cut in cuts.encoders.items()},
         classifier=graph("classifier", cuts.classifier) if cuts.classifier else None,
+        expected_peak_bytes=expected_peak_bytes,
     )
 
 

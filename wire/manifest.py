@@ -134,6 +134,9 @@ class Stage(msgspec.Struct, frozen=True):
         earlier stage has none.
     encoders: modality -> the model cut at this stage, raw inputs -> embeddings float32 [B, E].
     classifier: for classification, embeddings of all modalities -> `logits` float32 [B, C].
+    micro_batch_size: the most examples that the train step runs the network on at once; 0: any number.
+    expected_peak_bytes: what a client's process was expected to need when the bundle was planned, for the
+        engine that needs most; 0: nothing was planned.
     """
 
     trainable: tuple[str, ...]
@@ -146,6 +149,8 @@ class Stage(msgspec.Struct, frozen=True):
     segments: dict[str, Graph]
     encoders: dict[str, Graph]
     classifier: Graph | None = None
+    micro_batch_size: Annotated[int, msgspec.Meta(ge=0, le=2**16)] = 0
+    expected_peak_bytes: Count = 0
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
