@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from export.costs import footprint
 from export.memory import Footprint, peak_bytes
-from export.schedules import SCHEDULES, Rounds, Schedule
+from export.schedules import SCHEDULES, Rounds, Schedule, WarmStart
 from export.stage import cut_stages
 from models.model import Model
 from wire.errors import UserError
@@ -34,15 +34,21 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a client may use. max_bytes: of its process; engines: those that the bundle is exported for."""
+    """What a client may use.
+
+    max_bytes: of its process. engines: those that the bundle is exported for. correction: what expectations
+    are multiplied by, after something was measured.
+    """
 
     max_bytes: int
     batch_size: int
     engines: tuple[str, ...]
+    correction: float = 1.0
 
     def peak(self, stage: Footprint, micro_batch_size: int) -> int:
         """Of the engine that needs most."""
-        return max(peak_bytes(engine, stage, self.batch_size, micro_batch_size) for engine in self.engines)
+        peaks = (peak_bytes(engine, stage, self.batch_size, micro_batch_size) for engine in self.engines)
+        return round(self.correction * max(peaks))
 
     def micro_batch_size(self, stage: Footprint) -> int | None:
         """0 where the whole batch fits, None where not even one example does."""
@@ -58,16 +64,22 @@ class Budget:
 
 
 def fit(
-    model: Model, budget: Budget, name: str, rounds: Rounds, blocks_per_stage: int | None, **extra: str
+    model: Model,
+    budget: Budget,
+    *,
+    name: str,
+    rounds: Rounds,
+    blocks_per_stage: int | None = None,
+    warm_start: WarmStart = "copy",
 ) -> Fitted:
     """The schedule `name` within the budget. Raises `UserError` where nothing fits.
 
     model: an `export.observe.skeleton`. blocks_per_stage: the most that a stage may attach; None: no limit.
-    Only `layerwise` gains from fewer; others attach 1 unless told. extra: more arguments of the schedule.
+    Only `layerwise` needs less memory with fewer; the others attach 1 unless told.
     """
 
     def made(blocks: int) -> tuple[Schedule, list[Footprint]]:
-        settings = {} if name == "end_to_end" else {"blocks_per_stage": blocks, **extra}
+        settings = {} if name == "end_to_end" else {"blocks_per_stage": blocks, "warm_start": warm_start}
         schedule = SCHEDULES[name](model.depths, rounds, **settings)
         cuts = cut_stages(model, schedule.stages)
         before = [None, *cuts[:-1]]

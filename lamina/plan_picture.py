@@ -9,29 +9,25 @@ Next: `lamina/plan_command.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from export.costs import ScheduleCost, Setting, StageCost
 from wire.errors import UserError
 
-COLOURS = {"layerwise": "#0072b2", "progressive": "#e69f00", "end_to_end": "#555555"}
+LINES = {"end_to_end": ("#aaaaaa", 7), "progressive": ("#e69f00", 4), "layerwise": ("#0072b2", 1.8)}
+"""Schedule -> colour and width in points, the widest first, so equal lines are all seen."""
 PANELS: tuple[tuple[str, str, float, Callable[[StageCost], int]], ...] = (
-    ("train step, with feature cache", "MFLOPs per example", 1e6, lambda stage: stage.train_flops),
+    ("Train step, with the feature cache", "MFLOP per example", 1e6, lambda stage: stage.train_flops),
     (
-        "train step and whole prefix, without",
-        "MFLOPs per example",
+        "Train step and whole prefix, without the cache",
+        "MFLOP per example",
         1e6,
         lambda stage: stage.train_flops + stage.prefix_flops,
     ),
-    (
-        "update, each way, float32",
-        "MB per round",
-        1e6,
-        lambda stage: stage.round_bytes["none"],
-    ),
-    ("expected peak memory of a client", "MB", 1e6, lambda stage: stage.peak_bytes),
+    ("Bytes down and as many up, float32", "MB per round", 1e6, lambda stage: stage.round_bytes["none"]),
+    ("Expected peak memory of a client", "MB", 1e6, lambda stage: stage.peak_bytes),
 )
 
 
@@ -68,21 +64,12 @@ def _panel(
     scale: float,
     of: Callable[[StageCost], int],
 ) -> None:
-    for cost in costs:
-        ends = [0]
-        for stage in cost.stages:
-            ends.append(ends[-1] + stage.rounds)
+    ordered = sorted(costs, key=lambda cost: list(LINES).index(cost.schedule))
+    for cost in ordered:
+        colour, width = LINES[cost.schedule]
+        ends = [0, *accumulate(stage.rounds for stage in cost.stages)]
         heights = [of(stage) / scale for stage in cost.stages]
-        axes.stairs(
-            heights, ends, baseline=None, color=COLOURS[cost.schedule], linewidth=2.2, label=cost.schedule
-        )
-        axes.plot(
-            [(begin + end) / 2 for begin, end in pairwise(ends)],
-            heights,
-            "o",
-            color=COLOURS[cost.schedule],
-            markersize=4,
-        )
+        axes.stairs(heights, ends, baseline=None, color=colour, linewidth=width, label=cost.schedule)
     axes.set_title(title, fontsize=10)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
