@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,7 @@ from wire.tasks import beside
 from wire.tensors import Arrays, max_bytes, pack, unpack_file
 
 PENDING = "pending"
+TOLERANCE = 1.15  # of what export expects, to what it comes to
 
 T = TypeVar("T")
 
@@ -242,6 +244,17 @@ class Session:
         )
         self._told = (sent, received)
         await self._link.usage(usage)
+        planned = self._planned_bytes(offer.key.stage)
+        if planned and usage.peak_rss_bytes > TOLERANCE * planned:
+            peak = usage.peak_rss_bytes / 1e6
+            log.warning("%s: %.0f MB of memory, %.0f MB were expected", offer.key, peak, planned / 1e6)
+
+    def _planned_bytes(self, stage: int) -> int:
+        """Of memory, up to this stage, with the examples as they lie on disk; 0: nothing was planned."""
+        stages = self._manifest.stages[: stage + 1]
+        expected = max((one.expected_peak_bytes for one in stages), default=0)
+        pages = max(sum(4 * math.prod(spec.shape) for spec in one.inputs.values()) for one in stages)
+        return expected and expected + pages * len(self._dataset)
 
 
 async def _in_thread(work: Callable[[StopEvent], T]) -> T:

@@ -46,7 +46,8 @@ def skeleton(builder: str, options: dict[str, Any]) -> Model:
 def observe_step(cut: Cut, batch_size: int) -> Observed:
     """Loss and gradients of a `TrainCut` of a `skeleton`."""
     handles = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in cut.parameters()
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        for parameter in cut.parameters()
     ]
     try:
         return _observe(lambda: cut(*_inputs(cut, batch_size)).backward())
@@ -78,11 +79,11 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that are made within it, each storage once, until it is let go."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._now = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -17,6 +17,7 @@ from lamina.options import column_option, config_option, memory_budget_option, m
 from wire.errors import UserError
 
 if TYPE_CHECKING:
+    from export.schedules import WarmStart
     from wire.manifest import Manifest, Stage
 
 
@@ -90,7 +91,7 @@ def command(
     blocks_per_stage: int | None,
     memory_budget: int | None,
     batch_size: int,
-    warm_start: str,
+    warm_start: WarmStart,
     data: tuple[Path, ...],
     columns: tuple[str, ...],
     beta1: float,
