@@ -47,7 +47,7 @@ from export.executorch_memory import plan
 from export.executorch_ops import lamina
 from export.passes import Passes
 from export.stage import Cut, TrainCut
-from export.step import FlatLinear, aten, is_open, traced
+from export.step import FlatLinear, aten, is_open, stand_in, traced
 from wire.manifest import AdamW
 
 TRAIN, EVALUATE, INFER = "train", "evaluate", "infer"
@@ -85,7 +85,7 @@ def passes_program(
         matching = copy.deepcopy(pairs.graph)
         simplify(matching)
         for cut, graph in ((passes.embed, embed), (passes.pairs, matching)):
-            _add_unused(graph, [name for name, _ in cut.named_parameters()], names, parameters)
+            _add_unused(graph, {name for name, _ in cut.named_parameters()}, passes.gradients)
         methods |= {EMBED: (embed, passes.size), PAIRS: (matching, max_batch_size)}
     recompute(step)
     _add_sums(step, len(names))
@@ -131,16 +131,20 @@ def _placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _add_unused(graph: fx.Graph, own: list[str], names: list[str], parameters: list[fx.Node]) -> None:
-    """Let a graph that begins with the parameters `own` begin with all, so all methods are fed alike."""
+def _add_unused(graph: fx.Graph, own: set[str], cut: Cut) -> None:
+    """Let a graph that begins with the parameters `own` begin with all of `cut`'s; then all methods are fed
+    alike.
+    """
     places = iter(_placeholders(graph))
     place = next(places)
-    for name, parameter in zip(names, parameters, strict=True):
+    mode = place.meta["val"].fake_mode
+    for number, (name, parameter) in enumerate(cut.named_parameters()):
         if name in own:
             place = next(places)
         else:
+            value = stand_in(mode, parameter.detach(), open_batch=False)
             with graph.inserting_before(place):
-                _placeholder(graph, f"unused_{parameter.name}", parameter.meta["val"])
+                _placeholder(graph, f"unused_{number}", value)
 
 
 def _add_sums(graph: fx.Graph, count: int) -> None:

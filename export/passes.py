@@ -36,8 +36,7 @@ class EmbedCut(TrainCut):
     """A stage's inputs -> its embeddings, float32 [b, E] of each modality."""
 
     def __init__(self, train: TrainCut) -> None:
-        inputs = {name: spec for name, spec in train.inputs.items() if name != LABEL}
-        super().__init__(train.sections, train.head, inputs)
+        super().__init__(train.sections, train.head, train.inputs)
         self.outputs = tuple(f"{name}.embedding" for name in self.sections)
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]

@@ -66,8 +66,8 @@ def _trace(cut: Cut, *, of_inputs: bool) -> fx.GraphModule:
         parameters, inputs = dict(zip(names, values, strict=False)), values[len(names) :]
         both, value = torch.func.grad_and_value(loss, argnums=(0, 1))(parameters, inputs)
         examples = inputs[0].shape[0]
-        rows = [(both[0][name] / examples).expand(examples, *both[0][name].shape) for name in names]
-        return (value, *both[1], *rows)
+        shares = [aten.div.Scalar(both[0][name], examples) for name in names]
+        return (value, *both[1], *(share.expand(examples, *share.shape) for share in shares))
 
     graph = traced(cut, of_both if of_inputs else of_parameters)
     sizes = [node.meta["val"].shape[0] for node in _placeholders(graph)[len(names) :]]
@@ -84,8 +84,8 @@ def traced(cut: Cut, compute: Callable[..., Any], *, inputs_first: bool = False)
     limits = dict.fromkeys(cut.inputs, 1)
     inputs = example(cut.inputs, _TRACE_BATCH, limits, torch.Generator().manual_seed(0))
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    parameters = [_stand_in(mode, value.detach(), open_batch=False) for value in cut.parameters()]
-    batch = [_stand_in(mode, value, open_batch=True) for value in inputs.values()]
+    parameters = [stand_in(mode, value.detach(), open_batch=False) for value in cut.parameters()]
+    batch = [stand_in(mode, value, open_batch=True) for value in inputs.values()]
     values = [*batch, *parameters] if inputs_first else [*parameters, *batch]
     with mode:
         return make_fx(compute, decomposition_table=_decompositions())(*values)
@@ -100,7 +100,7 @@ def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _stand_in(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor:
+def stand_in(mode: FakeTensorMode, value: Tensor, *, open_batch: bool) -> Tensor:
     """A stand-in of the same shape, all of it fixed but, perhaps, the first size."""
     kinds = [DimDynamic.STATIC] * value.dim()
     if open_batch:
