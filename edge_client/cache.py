@@ -4,43 +4,45 @@ Rules:
 - The prefix is a chain of segments, one for each earlier stage. A stage's features are its newest segment
   over the features of the stage before, so only one segment is ever in memory, and a client that comes late
   walks the whole chain.
-- A file is named after all that went into it: the data, and every graph and parameter below. So it is
-  never stale. It is written batch by batch under another name, synced and renamed; only the newest of a
-  modality is kept.
-- Features are float32 `[N, T, D]`, memory-mapped: memory holds a batch.
+- A file is named after all that went into it: the data, its views, every graph and parameter below, the
+  dtype. So it is never stale. A damaged one is computed again; one that nothing needs is removed.
+- Where features do not fit on the disk, the same segments run over each batch instead. Training goes on,
+  slower, and the next stage tries again.
 
-LW-FedMML, arXiv 2407.15426, Section III.
-Next: `edge_client/train.py`, which reads them; `inputs/dataset.py`, what lies below.
+LW-FedMML, arXiv 2407.15426, Section III, where each batch runs the prefix.
+Next: `edge_client/features.py`, how a batch is made; `edge_client/train.py`, which trains on it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_client.engines import Run, graph_file
+from edge_client.features import AnyArray, Features, Prefix, Segment, every_row, saturated
 from inputs.dataset import Dataset
+from inputs.rows import Rows, file_bytes, write_rows
 from wire.errors import UserError
 from wire.manifest import Graph, Manifest
 from wire.messages import Offer
 from wire.tensors import Arrays
 
-BATCH = 32
+RESERVE_BYTES = 64 * 10**6
+"""Of the disk, which stays free for updates and for others."""
 
-AnyArray = npt.NDArray[Any]
+_VERSION = "1"  # changes when the same names come to stand for other features
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-
-class Stopped(Exception):
-    """The round went on without us."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Step:
     """One segment to run: `stage`'s, over one modality.
 
     file: of the bundle, with the graph in the form that the engine's runtime reads.
-    source: the features that go in; None where raw inputs do. target: those that come out.
+    source: the name of the features that go in; None where raw inputs do. target: of those that come out.
+    num_views: of each example; 0: the examples as they are.
     """
 
     modality: str
@@ -57,135 +60,196 @@ class Step:
     file: str
     source: Path | None
     target: Path
-
-
-@dataclass(frozen=True)
-class Features:
-    """A stage's inputs, examples 0 to N - 1. cached: input name -> float32 `[N, T, D]`."""
-
-    dataset: Dataset
-    names: frozenset[str]
-    cached: Mapping[str, AnyArray]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def batch(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> dict[str, AnyArray]:
-        """The stage's inputs by name, each `[B, *shape]`."""
-        arrays = self.dataset.batch(indices, self.names - self.cached.keys())
-        for name, array in self.cached.items():
-            arrays[name] = np.ascontiguousarray(array[np.asarray(indices)], np.float32)
-        return arrays
+    num_views: int
 
 
 class FeatureCache:
-    """The features of one data set in a folder that nobody else uses. engine: whose runtime makes them."""
+    """The features of one data set in a folder that nobody else uses. engine: whose runtime makes them.
 
-    def __init__(self, folder: Path, manifest: Manifest, dataset: Dataset, engine: str) -> None:
+    dtype: on disk. max_bytes: the most that they may take there; None: what is free.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        dataset: Dataset,
+        engine: str,
+        *,
+        dtype: str = "float16",
+        max_bytes: int | None = None,
+    ) -> None:
         self._folder = folder
         self._engine = engine
         self._manifest = manifest
         self._dataset = dataset
+        self._dtype = np.dtype(dtype)
+        self._max_bytes = max_bytes
+        self._prefixes: dict[Path, Prefix] = {}
+        """By the name of the features, whether there is a file of that name or not."""
+        with self._telling():
+            if max_bytes is not None and self._used() > max_bytes:  # it was more before
+                self._keep(set())
 
     def steps(self, offer: Offer) -> list[Step]:
         """What has to run before the offer's stage can train, stage by stage."""
-        missing = [
-            step for modality in self._manifest.modalities for step in self._missing(modality, offer)
-        ]
+        chains = {modality: self._chain(modality, offer) for modality in self._manifest.modalities}
+        with self._telling():
+            self._keep({path for chain in chains.values() for path in chain if path is not None})
+            missing = [
+                step for modality, chain in chains.items() for step in self._missing(modality, chain, offer)
+            ]
         return sorted(missing, key=lambda step: step.stage)
 
     def run(self, step: Step, run: Run, parameters: Arrays, stop: Event) -> None:
-        """Run one step. Raises `Stopped`, or `UserError` where the disk does not take it."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(suffix=".partial", dir=self._folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    self._write(file, step, run, parameters, stop)
-                    file.flush()
-                    os.fsync(file.fileno())
-                Path(name).replace(step.target)
-            finally:
-                Path(name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"features cannot be written to {self._folder}: {error.strerror}",
-                "free some space, or give the client another --dir",
-            ) from error
+        """Run one step and keep what comes out; where there is no room for it, only how it is computed.
+
+        run: of `by_own_names(step.graph)`. parameters: torch name -> float32, at least the graph's. Raises
+        `Stopped`, or `UserError` where the disk takes nothing at all.
+        """
+        values = {name: parameters[torch_name] for name, torch_name in step.graph.parameters.items()}
+        below = Prefix(None) if step.source is None else self._prefixes[step.source]
+        prefix = Prefix(below.rows, (*below.segments, Segment(step.graph, run, values)))
+        shape = self._shape(step.modality, step.stage + 1, step.num_views)
+        with self._telling():
+            if not self._is_written(step, prefix, shape, stop):
+                self._prefixes[step.target] = prefix
+                return
+            if not self._is_known(step.target, shape):
+                raise UserError(f"{step.target} was written and cannot be read back", "check the disk")
+            if step.source is not None:
+                del self._prefixes[step.source]
+                step.source.unlink(missing_ok=True)
 
     def features(self, offer: Offer) -> Features:
         """The offer's stage's inputs; all `steps` have run. Older features are removed."""
         stage = self._manifest.stages[offer.key.stage]
-        files = {
+        targets = {
             modality: path
             for modality in self._manifest.modalities
             if (path := self._chain(modality, offer)[-1]) is not None
         }
-        for path in self._folder.glob("*") if self._folder.is_dir() else ():
-            if path not in files.values():
-                path.unlink(missing_ok=True)
-        cached = {
-            self._input(modality): np.load(path, mmap_mode="r", allow_pickle=False)
-            for modality, path in files.items()
-        }
-        return Features(self._dataset, frozenset(stage.inputs), cached)
+        prefixes = {self._input(modality): self._prefixes[path] for modality, path in targets.items()}
+        self._prefixes = {path: self._prefixes[path] for path in targets.values()}
+        with self._telling():
+            self._keep({prefix.rows.path for prefix in prefixes.values() if prefix.rows is not None})
+        return Features(self._dataset, frozenset(stage.inputs), prefixes, self._manifest.segment_batch_size)
+
+    def _is_written(self, step: Step, prefix: Prefix, shape: tuple[int, ...], stop: Event) -> bool:
+        """Write the features of a step; whether the disk had room for them."""
+        needed = file_bytes(shape, self._dtype)
+        if not self._has_room(step, needed):
+            return False
+        try:
+            write_rows(step.target, shape, self._dtype, self._computed(step, prefix, stop))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._warn(step, needed, 0, "free some space")
+            return False
+        return True
+
+    def _computed(self, step: Step, prefix: Prefix, stop: Event) -> Iterator[AnyArray]:
+        """The rows of a step's features as they go to the disk."""
+        name = self._input(step.modality)
+        features = Features(
+            self._dataset, frozenset({name}), {name: prefix}, self._manifest.segment_batch_size
+        )
+        pieces = every_row(features, name, step.num_views, stop)
+        return saturated(pieces, self._dtype, f"the {step.modality} features")
 
     def _input(self, modality: str) -> str:
         return next(iter(self._manifest.modalities[modality].inputs))
 
+    def _num_views(self, modality: str, offer: Offer) -> int:
+        """As in `Step`."""
+        return offer.plan.augmentations if modality in self._dataset.augmented else 0
+
     def _chain(self, modality: str, offer: Offer) -> list[Path | None]:
-        """The file of the modality's features at each stage up to the offer's; None: raw inputs."""
+        """The name of the modality's features at each stage up to the offer's; None: raw inputs."""
         files: list[Path | None] = [None]
-        key = self._dataset.fingerprint
+        views = str(self._num_views(modality, offer))
+        key = " ".join((_VERSION, self._dataset.fingerprint, modality, views, self._dtype.name))
         for number in range(offer.key.stage):
             graph = self._manifest.stages[number].segments.get(modality)
             if graph is None:
                 files.append(files[-1])
                 continue
             program = self._manifest.files[graph_file(self._engine, graph)].sha256
-            parts = key, modality, program, offer.frozen[number].sha256
+            parts = key, program, offer.frozen[number].sha256
             key = hashlib.sha256(" ".join(parts).encode()).hexdigest()
             files.append(self._folder / f"{modality}.{key}.npy")
         return files
 
-    def _missing(self, modality: str, offer: Offer) -> list[Step]:
-        files = self._chain(modality, offer)
+    def _missing(self, modality: str, chain: list[Path | None], offer: Offer) -> list[Step]:
+        num_views = self._num_views(modality, offer)
         steps: list[Step] = []
         for number in range(offer.key.stage, 0, -1):
-            source, target = files[number - 1], files[number]
+            source, target = chain[number - 1], chain[number]
             if target is None or target == source:
                 continue
-            if self._is_there(target, modality, number):
+            if self._is_known(target, self._shape(modality, number, num_views)):
                 break
             graph = self._manifest.stages[number - 1].segments[modality]
             file = graph_file(self._engine, graph)
-            steps.append(Step(modality, number - 1, graph, file, source, target))
+            steps.append(Step(modality, number - 1, graph, file, source, target, num_views))
         return steps[::-1]
 
-    def _shape(self, modality: str, stage: int) -> tuple[int, ...]:
-        """Of the features that the segments below `stage` give."""
+    def _shape(self, modality: str, stage: int, num_views: int) -> tuple[int, ...]:
+        """Of the features that the segments below `stage` give, on disk."""
         spec = self._manifest.stages[stage].inputs[self._input(modality)]
-        return (len(self._dataset), *spec.shape)
+        return (len(self._dataset) * max(1, num_views), *spec.shape)
 
-    def _is_there(self, path: Path, modality: str, stage: int) -> bool:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return False
-        return bool(array.shape == self._shape(modality, stage) and array.dtype == np.float32)
+    def _is_known(self, path: Path, shape: tuple[int, ...]) -> bool:
+        """Whether these features can be had; a file is read and proved once."""
+        if path not in self._prefixes:
+            rows = Rows.open(path, shape, self._dtype)
+            if rows is None:
+                if path.exists():
+                    log.warning("%s is damaged: its features are computed again", path)
+                    path.unlink(missing_ok=True)
+                return False
+            self._prefixes[path] = Prefix(rows)
+        return True
 
-    def _write(self, file: Any, step: Step, run: Run, parameters: Arrays, stop: Event) -> None:
-        shape = self._shape(step.modality, step.stage + 1)
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        below = (
-            {} if step.source is None else {self._input(step.modality): np.load(step.source, mmap_mode="r")}
+    def _has_room(self, step: Step, needed: int) -> bool:
+        """Whether `needed` more bytes fit beside what is here: a file and the one it is made of are both
+        there while it is written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        used = self._used()
+        free = shutil.disk_usage(self._folder).free - RESERVE_BYTES
+        if needed > free:
+            self._warn(step, needed, free, "free some space")
+        elif self._max_bytes is not None and used + needed > self._max_bytes:
+            self._warn(step, needed, self._max_bytes - used, "raise --max-feature-mb")
+        else:
+            return True
+        return False
+
+    def _used(self) -> int:
+        files = self._folder.iterdir() if self._folder.is_dir() else ()
+        return sum(path.stat().st_size for path in files)
+
+    def _warn(self, step: Step, needed: int, room: int, remedy: str) -> None:
+        log.warning(
+            "the %s features of stage %d need %.1f MB of disk and have %.1f MB, so each batch computes its "
+            "own, which is slower; to keep them, %s and start the client again",
+            *(step.modality, step.stage + 2, needed / 1e6, max(0, room) / 1e6, remedy),
         )
-        source = Features(self._dataset, frozenset(step.graph.inputs), below)
-        size = min(BATCH, self._manifest.max_batch_size)
-        for first in range(0, len(source), size):
-            if stop.is_set():
-                raise Stopped
-            batch = source.batch(range(first, min(first + size, len(source))))
-            output = run(batch, parameters)[step.graph.outputs[0]]
-            file.write(np.ascontiguousarray(output, np.float32).tobytes())
+
+    def _keep(self, wanted: set[Path]) -> None:
+        """Remove what is not wanted, and what a process that was killed has left."""
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if path not in wanted:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"features cannot be written to {self._folder}: {error.strerror}",
+                "mend the disk, or give the client another --dir",
+            ) from error

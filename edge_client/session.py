@@ -20,11 +20,13 @@ from itertools import groupby
 from pathlib import Path
 from threading import Event as StopEvent
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from edge_client import pending
-from edge_client.cache import FeatureCache, Features, Step
+from edge_client.cache import FeatureCache, Step
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
-from edge_client.engines import choose, open_engine, open_graph
+from edge_client.engines import Run, choose, open_engine, open_graph
+from edge_client.features import Features, by_own_names
 from edge_client.link import Link, find_run
 from edge_client.pending import Pending, Work
 from edge_client.train import Trained, train
@@ -131,7 +133,15 @@ class Session:
         self._manifest = bundle.manifest
         self._engine = engine
         self._dataset = dataset
-        self._cache = FeatureCache(device.folder / "features", bundle.manifest, dataset, engine)
+        self._cache = FeatureCache(
+            device.folder / "features",
+            bundle.manifest,
+            dataset,
+            engine,
+            dtype=device.feature_dtype,
+            max_bytes=device.max_feature_bytes,
+        )
+        self._graphs: WeakValueDictionary[str, Run] = WeakValueDictionary()  # by file, while in use
         self._machine = RoundMachine(Role.CLIENT)
         self._told = (0, 0)  # bytes sent and received that have been reported
 
@@ -180,7 +190,8 @@ class Session:
         return await self._values(offer.parameters, stage.trainable)
 
     async def _features(self, offer: Offer) -> Features:
-        for stage, steps in groupby(self._cache.steps(offer), key=lambda step: step.stage):
+        missing = await _in_thread(lambda _stop: self._cache.steps(offer))
+        for stage, steps in groupby(missing, key=lambda step: step.stage):
             frozen = self._manifest.groups_frozen_after(stage)
             values = await self._values(offer.frozen[stage], frozen)
             for step in steps:
@@ -198,7 +209,11 @@ class Session:
             path.unlink(missing_ok=True)
 
     def _run(self, step: Step, values: Arrays, stop: StopEvent) -> None:
-        run = open_graph(self._engine, self._bundle.file, step.graph, self._device.threads)
+        run = self._graphs.get(step.file)
+        if run is None:
+            graph = by_own_names(step.graph)
+            run = open_graph(self._engine, self._bundle.file, graph, self._device.threads)
+            self._graphs[step.file] = run
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:

@@ -1,7 +1,8 @@
 """Local training: `local_epochs` over the stage's features, from the offered parameters to an update.
 
 Rules: AdamW starts anew in every round. The order of the examples depends on the plan's seed and the
-client's name only, so a round that is trained again gives the same update.
+client's name only, and so does the view that is drawn of each in an epoch; a round that is trained again
+gives the same update.
 
 `ClientUpdate` of McMahan et al., arXiv 1602.05629, with AdamW in place of SGD.
 Next: `edge_client/engines/__init__.py`, what runs a step.
@@ -15,8 +16,8 @@ from threading import Event
 
 import numpy as np
 
-from edge_client.cache import Features, Stopped
 from edge_client.engines import Engine
+from edge_client.features import Features, Stopped
 from wire.messages import TrainPlan
 from wire.tensors import Arrays
 
@@ -44,11 +45,13 @@ def train(
     for _ in range(plan.local_epochs):
         total = 0.0
         order = generator.permutation(len(features))
+        views = generator.integers(plan.augmentations, size=len(order)) if plan.augmentations else None
         for first in range(0, len(order), plan.batch_size):
             if stop.is_set():
                 raise Stopped
             indices = np.sort(order[first : first + plan.batch_size])
-            total += engine.train_step(features.batch(indices), plan.learning_rate) * len(indices)
+            batch = features.batch(indices, None if views is None else views[indices])
+            total += engine.train_step(batch, plan.learning_rate) * len(indices)
         loss = total / len(order)
     trained = engine.parameters()
     return Trained({name: trained[name] - parameters[name] for name in trained}, len(features), loss)

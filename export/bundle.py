@@ -39,6 +39,7 @@ from wire.tensors import Arrays, pack
 
 INITIAL = "initial.safetensors"
 MAX_BATCH_SIZE = 64
+SEGMENT_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def export_bundle(
     _check_micro_batches(micro, len(schedule.stages), max_batch_size)
     optimizer = optimizer or AdamW()
     makers = EngineFiles(
-        check_engines(exportable() if engines is None else engines), Settings(optimizer, max_batch_size)
+        check_engines(exportable() if engines is None else engines),
+        Settings(optimizer, max_batch_size, SEGMENT_BATCH_SIZE),
     )
     with new_folder(out, MANIFEST_NAME, force=force) as folder:
         files = _Files()
@@ -127,6 +129,7 @@ def export_bundle(
             ),
             initial=INITIAL,
             files={name: BlobRef.of(content) for name, content in sorted(files.contents.items())},
+            segment_batch_size=SEGMENT_BATCH_SIZE,
         )
         for name, data in files.contents.items():
             path = folder / name

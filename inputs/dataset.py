@@ -3,7 +3,7 @@
 Rules:
 - An example has every modality of the model, and for classification a label. Rows with an empty cell there
   are left out and counted in the log.
-- Each cell is read once, into a file in `cache` that is memory-mapped from then on: memory holds a batch
+- Each cell is read once, into a file in `cache` whose rows are read from then on: memory holds a batch
   and the table's few columns, never the data. The cache may be deleted whenever nothing uses it.
 - `fingerprint` names the content: cells, files, tokenizer, options. It changes when any of them does.
 
@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from inputs.readers import AnyArray, BundleFile, Reader, make_reader
-from inputs.store import Cells, encoded, fingerprint
+from inputs.rows import Rows
+from inputs.store import Cells, encoded, fingerprint, keep_only
 from inputs.table import Table, read_table
 from wire.errors import UserError
 from wire.manifest import Modality, Task
@@ -50,7 +51,7 @@ class Dataset:
     num_left_out: int
     _inputs: Mapping[str, frozenset[str]]
     _readers: Mapping[str, Reader]
-    _encoded: Mapping[str, AnyArray]
+    _encoded: Mapping[str, Rows]
 
     @classmethod
     def open(
@@ -66,6 +67,7 @@ class Dataset:
     ) -> Dataset:
         """Read `folder`, or find in `cache` that it is read already.
 
+        cache: a folder of its own; what other content has left there is removed.
         file: name of a bundle's file -> its path. columns: a modality's name, `label` or `group` -> what
         the table calls it, where that differs. Raises `UserError` with file and row for whatever is wrong
         in the data, `Malformed` for modalities that no reader can make.
@@ -84,6 +86,7 @@ class Dataset:
         values = [[cells[name][row] for row in rows] for name in needed]
         key = msgspec.json.encode([*modalities.items(), task, *classes, values], order="deterministic")
         content = fingerprint(key, chosen)
+        keep_only(cache, content)
         arrays = [encoded(one, cache / f"{content}.{place}.npy") for place, one in enumerate(chosen)]
         groups = tuple(cells[GROUP][row] for row in rows) if GROUP in cells else None
         arrays_of = dict(zip(modalities, arrays, strict=True))
@@ -93,18 +96,31 @@ class Dataset:
     def __len__(self) -> int:
         return self.num_examples
 
+    @property
+    def augmented(self) -> frozenset[str]:
+        """The modalities whose examples have several views."""
+        return frozenset(name for name, reader in self._readers.items() if reader.augments)
+
     def batch(
-        self, indices: npt.NDArray[np.integer] | Sequence[int], names: Set[str] | None = None
+        self,
+        indices: npt.NDArray[np.integer] | Sequence[int],
+        names: Set[str] | None = None,
+        views: npt.NDArray[np.integer] | None = None,
     ) -> dict[str, AnyArray]:
         """Inputs by name, each `[B, *shape]` of its `TensorSpec`; `label` int64 `[B]` of classification.
 
-        names: those wanted, None for all; what is not wanted is not read.
+        names: those wanted, None for all; what is not wanted is not read. views: `[B]`, counted from 0,
+        which view of each example to take of the modalities in `augmented`; None: the example as it is.
         """
         chosen = np.asarray(indices, np.int64)
         arrays: dict[str, AnyArray] = {}
         for name, reader in self._readers.items():
             if names is None or not names.isdisjoint(self._inputs[name]):
-                arrays.update(reader.decode(self._encoded[name][chosen]))
+                encoded = self._encoded[name].read(chosen)
+                if views is not None and reader.augments:
+                    for place, seed in enumerate(zip(views.tolist(), chosen.tolist(), strict=True)):
+                        encoded[place] = reader.view(encoded[place], seed)
+                arrays.update(reader.decode(encoded))
         if self.labels is not None:
             arrays[LABEL] = self.labels[chosen]
         return arrays if names is None else {name: arrays[name] for name in names}

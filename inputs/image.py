@@ -4,11 +4,13 @@ Rules: a photo is turned as its camera says; alpha lies on white; the picture is
 padded with white, so nothing is cut off or distorted. Pillow's limit on decompression bombs stays on.
 
 Options: `size`, pixels of a side; `mean` and `std`, for values in 0 to 1, a number or one a channel.
+Next: `inputs/views.py`, its augmentations.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from inputs.readers import AnyArray, BundleFile, Unreadable, check_inputs
+from inputs.views import view
 from wire.errors import Malformed
 from wire.manifest import Modality
 
@@ -24,6 +27,8 @@ _WHITE = (255, 255, 255)
 
 class ImageReader:
     """Reads images (`inputs.readers.Reader`) into one input: float32 `[B, 3, size, size]`, normalised."""
+
+    augments = True
 
     def __init__(self, modality: Modality, _file: BundleFile) -> None:
         size = modality.options.get("size")
@@ -68,6 +73,10 @@ class ImageReader:
                 f"image {cell} cannot be read: {reason}", "replace it, or remove the row"
             ) from error
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+    def view(self, encoded: AnyArray, seed: Sequence[int]) -> AnyArray:
+        """As `inputs.views` says."""
+        return view(encoded, seed)
 
     def decode(self, encoded: AnyArray) -> dict[str, AnyArray]:
         """`(value / 255 - mean) / std`, float32 `[B, 3, size, size]`."""

@@ -2,7 +2,8 @@
 
 Rules: a reader works in two steps. `encode` is slow and runs once for an example: its result, a small
 array of one shape, is kept on disk. `decode` is quick and runs for every batch: it gives the arrays that
-the model is fed. A new kind is one file and one line in `READERS`.
+the model is fed. In between, a reader that augments may put a `view` of an example in its place. A new kind
+is one file and one line in `READERS`.
 
 Next: `inputs/image.py` and `inputs/text.py`; `inputs/store.py` keeps what they encode.
 """
@@ -10,7 +11,7 @@ Next: `inputs/image.py` and `inputs/text.py`; `inputs/store.py` keeps what they 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -41,11 +42,13 @@ class Reader(Protocol):
     """One modality's reader, made by `Class(modality, file)`.
 
     shape, dtype: of one encoded example. files: files of the bundle that the encoding depends on.
+    augments: whether an example has other views than itself.
     """
 
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
     files: tuple[Path, ...]
+    augments: bool
 
     def source(self, folder: Path, cell: str) -> Path | None:
         """The file that the cell names, if it names one. Raises `Unreadable` for one not in the folder."""
@@ -53,6 +56,10 @@ class Reader(Protocol):
 
     def encode(self, folder: Path, cell: str) -> AnyArray:
         """One example as an array `[*shape]` of `dtype`. Raises `Unreadable`."""
+        ...
+
+    def view(self, encoded: AnyArray, seed: Sequence[int]) -> AnyArray:
+        """An augmented example in place of one `[*shape]`: the same for the same seed, on every machine."""
         ...
 
     def decode(self, encoded: AnyArray) -> dict[str, AnyArray]:

@@ -1,17 +1,15 @@
-"""Encoded examples on disk: each cell is read once, then memory-mapped.
+"""Encoded examples on disk: each cell is read once, its row from then on.
 
-Rules: an array file is named after the fingerprint of all that went into it, so it is never stale. It is
-written row by row to a temporary file, synced and renamed: memory holds one example, and a file that is
-there is whole.
+Rules: an array's file is named after the fingerprint of all that went into it, so it is never stale. It is
+written example by example: memory holds one.
 
-Next: `inputs/dataset.py`.
+Next: `inputs/rows.py`, the file; `inputs/dataset.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from inputs.readers import AnyArray, Reader, Unreadable
+from inputs.rows import PARTIAL, Rows, write_rows
 from inputs.table import Table
 from wire.errors import UserError
 
@@ -84,46 +83,24 @@ def _content(path: Path) -> bytes:
     return hashlib.sha256(start).digest()
 
 
-def encoded(cells: Cells, path: Path) -> AnyArray:
-    """All examples as a memory-mapped array `[N, *reader.shape]`: the file `path`, made if need be."""
+def keep_only(cache: Path, content: str) -> None:
+    """Remove what `encoded` has written for other fingerprints than `content`, or has not finished."""
+    for path in cache.iterdir() if cache.is_dir() else ():
+        if not path.name.startswith(content) or path.suffix == PARTIAL:
+            path.unlink(missing_ok=True)
+
+
+def encoded(cells: Cells, path: Path) -> Rows:
+    """All examples as an array `[N, *reader.shape]` in the file `path`, made if need be."""
     shape, dtype = (len(cells.rows), *cells.reader.shape), np.dtype(cells.reader.dtype)
-    array = _load(path, shape, dtype)
-    if array is None:
-        _write(path, cells, shape, dtype)
-        array = _load(path, shape, dtype)
-    if array is None:
-        raise UserError(f"{path} was written and cannot be read back", "check the disk")
-    return array
-
-
-def _load(path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> AnyArray | None:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if array.shape == shape and array.dtype == dtype else None
-
-
-def _write(path: Path, cells: Cells, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".partial", dir=path.parent)
+    rows = Rows.open(path, shape, dtype)
+    if rows is None:
         try:
-            _fill(handle, cells, shape, dtype)
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        hint = "free some space, or choose another cache folder"
-        raise UserError(f"{path} cannot be written: {error.strerror}", hint) from error
-
-
-def _fill(handle: int, cells: Cells, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
-    with os.fdopen(handle, "wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for example in cells:
-            file.write(example.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+            write_rows(path, shape, dtype, cells)
+        except OSError as error:
+            hint = "free some space, or choose another cache folder"
+            raise UserError(f"{path} cannot be written: {error.strerror}", hint) from error
+        rows = Rows.open(path, shape, dtype)
+    if rows is None:
+        raise UserError(f"{path} was written and cannot be read back", "check the disk")
+    return rows

@@ -8,6 +8,7 @@ Options: `length`, tokens of an example; `tokenizer`, the bundle's file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ class TextReader:
     The first, int64 `[B, T]`: token ids, 0 where the text is shorter. The second, if declared, float32
     `[B, T]`: 1 at a token, 0 elsewhere.
     """
+
+    augments = False
 
     def __init__(self, modality: Modality, file: BundleFile) -> None:
         length, tokenizer = modality.options.get("length"), modality.options.get("tokenizer")
@@ -56,6 +59,10 @@ class TextReader:
         row = np.full(self.shape, _NO_TOKEN, np.int32)
         row[: len(ids)] = ids
         return row
+
+    def view(self, encoded: AnyArray, _seed: Sequence[int]) -> AnyArray:
+        """A text has no other views."""
+        return encoded
 
     def decode(self, encoded: AnyArray) -> dict[str, AnyArray]:
         """Ids and mask."""

@@ -56,7 +56,7 @@ def feature_options(function: F) -> F:
         click.option(
             "--max-feature-mb",
             type=click.IntRange(min=0),
-            help="Disk for features; with less than they need, each batch computes its own.  [default: all]",
+            help="Disk for features; with too little, a batch computes its own.  [default: what is free]",
         ),
         click.option(
             "--feature-dtype",

@@ -200,7 +200,7 @@ def test_updates_stand_last_and_the_first_gradient_at_the_very_end():
 def test_equal_structures_are_made_once():
     model = small(image_blocks=4, text_blocks=4)
     cuts = cut_stages(model, layerwise(model.depths).stages)
-    makers = EngineFiles(("onnx",), Settings(AdamW(), 64))
+    makers = EngineFiles(("onnx",), Settings(AdamW(), 64, 8))
     assert makers.of_step(cuts[1].train) is makers.of_step(cuts[2].train)
     assert makers.of_step(cuts[0].train) is not makers.of_step(cuts[1].train)
 

@@ -186,11 +186,13 @@ class Manifest(msgspec.Struct, frozen=True):
 
     builder: `package.module:builder` that makes the torch module, with `builder_options` as keywords.
     classes: label names of a classification model, in the order of its logits.
-    max_batch_size: the most examples that a train step or a segment takes at once; ExecuTorch plans its
-        memory for so many, the other engines take more.
+    max_batch_size: the most examples that a train step takes at once; ExecuTorch plans its memory for so
+        many, the other engines take more.
     parameters: torch name -> parameter, in the one order used everywhere.
     initial: file with every parameter's initial value (safetensors, torch names).
     files: file name -> content; names are relative, with forward slashes.
+    segment_batch_size: the most examples that a segment takes at once, few enough that the frozen prefix
+        needs less memory than a train step.
     """
 
     format: int
@@ -206,6 +208,7 @@ class Manifest(msgspec.Struct, frozen=True):
     stages: tuple[Stage, ...]
     initial: str
     files: dict[str, BlobRef]
+    segment_batch_size: Annotated[int, msgspec.Meta(ge=1, le=2**16)] = 8
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -175,6 +175,22 @@ def test_one_seed_gives_the_same_bits_and_another_gives_others(run: Run) -> None
     assert not any(np.array_equal(first[name], other[name]) for name in first if "norm" not in name)
 
 
+def test_clients_without_room_for_features_train_the_same_model(run: Run) -> None:
+    """Each batch runs the prefix over its own views of the images."""
+    options = ("--schedule", "layerwise", "--augmentations", "2")
+    kept, _ = run("kept", *options, "--feature-dtype", "float32")
+    computed, folder = run("computed", *options, "--max-feature-mb", "0")
+    for client in CLIENTS:
+        assert (folder / "logs" / f"{client}.log").read_text().count("each batch computes its own") == 4
+        assert list((folder / "clients" / client / "features").iterdir()) == []
+    # What was frozen is fetched once, not again in each round, which would be a third more.
+    received = [result["total"]["bytes_received_per_client"] for result in (computed, kept)]
+    assert received[0] == pytest.approx(received[1], rel=0.15)
+    one, other = (load_file(Path(result["model"]) / "model.safetensors") for result in (computed, kept))
+    for name, value in other.items():
+        assert parameter_error(one[name], value, 1e-3) < 1e-2, name
+
+
 def test_a_local_run_starts_a_killed_client_again_and_leaves_nothing_behind(
     data: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from small_models import CLASSES, bundle, small, values_of
 
 from edge_client.cache import FeatureCache, Step
 from edge_client.engines import open_graph
+from edge_client.features import by_own_names
 from export.schedules import SCHEDULES
 from inputs.dataset import Dataset
 from models.model import Model
@@ -95,16 +96,16 @@ class World:
         names = self.manifest.names_of(self.manifest.groups_frozen_after(stage))
         return {name: chosen[name] for name in names}
 
-    def offer(self, stage: int, values: Arrays | None = None) -> Offer:
+    def offer(self, stage: int, values: Arrays | None = None, plan: TrainPlan = PLAN) -> Offer:
         """The first round of a stage, with these frozen parameters below."""
         frozen = (BlobRef.of(pack(self.frozen(below, values))) for below in range(stage))
         names = self.manifest.names_of(self.manifest.stages[stage].trainable)
         parameters = BlobRef.of(pack({name: self.values[name] for name in names}))
-        return Offer(RoundKey(stage, 0), 0.0, ("ann",), parameters, tuple(frozen), PLAN, 60.0)
+        return Offer(RoundKey(stage, 0), 0.0, ("ann",), parameters, tuple(frozen), plan, 60.0)
 
     def run(self, cache: FeatureCache, step: Step, values: Arrays | None = None) -> list[int]:
         """Run a step on ONNX Runtime, as a client does; the sizes of its batches."""
-        graph = open_graph(ENGINE, self.folder.joinpath, step.graph)
+        graph = open_graph(ENGINE, self.folder.joinpath, by_own_names(step.graph))
         sizes: list[int] = []
 
         def run(batch: Any, parameters: Any) -> dict[str, Any]:
@@ -114,9 +115,11 @@ class World:
         cache.run(step, run, self.frozen(step.stage, values), Event())
         return sizes
 
-    def prepare(self, cache: FeatureCache, stage: int, values: Arrays | None = None) -> list[Step]:
+    def prepare(
+        self, cache: FeatureCache, stage: int, values: Arrays | None = None, plan: TrainPlan = PLAN
+    ) -> list[Step]:
         """Run whatever steps are missing; which they were."""
-        steps = cache.steps(self.offer(stage, values))
+        steps = cache.steps(self.offer(stage, values, plan))
         for step in steps:
             self.run(cache, step, values)
         return steps

@@ -207,14 +207,15 @@ def test_a_segment_follows_torch(exported):
     manifest, folder, values = exported
     graph = manifest.stages[0].segments["image"]
     run = ExecuTorch.open_graph(folder / ExecuTorch.graph_file(graph), graph, 2)
-    image = np.random.default_rng(0).normal(size=(BOUND, 3, 8, 8)).astype(np.float32)
+    most = manifest.segment_batch_size
+    image = np.random.default_rng(0).normal(size=(most, 3, 8, 8)).astype(np.float32)
     with torch.no_grad():
         model = small(image_blocks=2)
         expected = model.encoders["image"].section(0, 1, stem=True)(torch.from_numpy(image)).numpy()
-    for size in (BOUND, 1):
+    for size in (most, 1):
         got = run({"image": image[:size]}, values)["features"]
         np.testing.assert_allclose(got, expected[:size], rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="at most"):
+    with pytest.raises(UserError, match=f"{most} at most"):
         run({"image": np.concatenate([image, image])}, values)
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from small_world import NUM_EXAMPLES, World
 
-from edge_client.cache import FeatureCache, Stopped
+from edge_client.cache import FeatureCache
 from edge_client.engines import ENGINES, open_engine
+from edge_client.features import Stopped
 from edge_client.train import train
 from wire.messages import TrainPlan
 
@@ -32,15 +33,15 @@ class Numbers:
     def __len__(self):
         return self.count
 
-    def batch(self, indices):
-        return {"number": np.asarray(indices)}
+    def batch(self, indices, views):
+        return {"number": np.asarray(indices), "views": views}
 
 
 class Recorder:
     """An engine that writes down what it is told; the loss of its n-th step is n. `stop` is set then."""
 
     def __init__(self, stop_after=None):
-        self.calls, self.batches, self.rates = [], [], []
+        self.calls, self.batches, self.rates, self.views = [], [], [], []
         self.stop, self.stop_after = Event(), stop_after
 
     def load(self, parameters):
@@ -51,6 +52,7 @@ class Recorder:
         self.calls.append("step")
         self.batches.append(batch["number"].tolist())
         self.rates.append(learning_rate)
+        self.views.append(batch["views"])
         if len(self.batches) == self.stop_after:
             self.stop.set()
         return float(len(self.batches))
@@ -113,14 +115,15 @@ from threading import Event
 from edge_client.train import train
 from wire.messages import TrainPlan
 class Numbers(list):
-    batch = staticmethod(list)
+    def batch(self, indices, views):
+        return indices, views
 class Engine:
     load = parameters = lambda self, *values: {}
     seen = []
     def train_step(self, batch, learning_rate):
-        self.seen.append([int(number) for number in batch])
+        self.seen.append([one.tolist() for one in batch])
         return 0.0
-train(Engine(), {}, Numbers(range(20)), TrainPlan(0.1, 8, 1, 7), "bob", Event())
+train(Engine(), {}, Numbers(range(20)), TrainPlan(0.1, 8, 1, 7, augmentations=5), "bob", Event())
 print(Engine.seen)
 """
     done = subprocess.run(
@@ -133,7 +136,34 @@ print(Engine.seen)
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == batches("bob", seed=7)
+    engine = Recorder()
+    engine.train("bob", seed=7, augmentations=5)
+    assert json.loads(done.stdout) == [
+        [batch, views.tolist()] for batch, views in zip(engine.batches, engine.views, strict=True)
+    ]
+
+
+def drawn(**plan):
+    """Epoch by epoch, the view of each example."""
+    engine = Recorder()
+    engine.train(**plan)
+    seen = [dict(zip(*pair, strict=True)) for pair in zip(engine.batches, engine.views, strict=True)]
+    return [{**seen[first], **seen[first + 1], **seen[first + 2]} for first in range(0, len(seen), 3)]
+
+
+def test_an_epoch_draws_a_view_of_each_example():
+    epochs = drawn(augmentations=4, local_epochs=5)
+    assert all(epoch.keys() == set(range(NUM_EXAMPLES)) for epoch in epochs)
+    assert {view for epoch in epochs for view in epoch.values()} == {0, 1, 2, 3}
+    assert all(one != other for one, other in pairwise(epochs))
+    assert drawn(augmentations=4, local_epochs=5) == epochs
+    assert drawn(augmentations=4, local_epochs=5, seed=1) != epochs
+
+
+def test_without_augmentations_no_view_is_drawn():
+    engine = Recorder()
+    engine.train(local_epochs=2)
+    assert engine.views == [None] * 6
 
 
 def test_the_learning_rate_is_the_plans():
