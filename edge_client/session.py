@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -265,11 +264,8 @@ class Session:
             log.warning("%s: %.0f MB of memory, %.0f MB were expected", offer.key, peak, planned / 1e6)
 
     def _planned_bytes(self, stage: int) -> int:
-        """Of memory, up to this stage, with the examples as they lie on disk; 0: nothing was planned."""
-        stages = self._manifest.stages[: stage + 1]
-        expected = max((one.expected_peak_bytes for one in stages), default=0)
-        pages = max(sum(4 * math.prod(spec.shape) for spec in one.inputs.values()) for one in stages)
-        return expected and expected + pages * len(self._dataset)
+        """Of memory, up to this stage; 0: nothing was planned."""
+        return max((one.expected_peak_bytes for one in self._manifest.stages[: stage + 1]), default=0)
 
 
 async def _in_thread(work: Callable[[StopEvent], T]) -> T:

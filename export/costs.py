@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from export.bundle import SEGMENT_BATCH_SIZE
 from export.memory import Footprint, peak_bytes
 from export.observe import observe_forward, observe_step
 from export.schedules import SCHEDULES, Schedule, StagePlan
@@ -29,7 +30,6 @@ from models.model import Model, parameter_groups
 from wire.manifest import Manifest
 
 COMPRESSIONS = ("none", "float16", "int8")
-SEGMENT_BATCH = 32  # examples that a client runs a segment on at once
 
 Shape = Sequence[int]
 
@@ -42,7 +42,7 @@ class StageCost:
     train_flops: of a train step, per example. prefix_flops: of all that is frozen, forward, per example.
     segment_flops: of what was frozen last, forward, per example and once per stage.
     round_bytes: compression -> bytes of the trained groups, down each round and as many up.
-    frozen_bytes: of the groups frozen last, down once per stage, as float32.
+    frozen_bytes: of the groups frozen last, down once per stage, where changes are not compressed.
     peak_bytes: expected of the client's process.
     """
 
@@ -83,8 +83,13 @@ class ScheduleCost:
         )
 
     def bytes_down(self, compression: str) -> int:
-        """What the client receives."""
-        return self.bytes_up(compression) + sum(stage.frozen_bytes for stage in self.stages)
+        """What the client receives: all parameters of each round and what is frozen, or if compressed, all
+        once and then each round's change, from which the rest follows.
+        """
+        if compression == "none":
+            return self.bytes_up("none") + sum(stage.frozen_bytes for stage in self.stages)
+        first, last = self.stages[0].round_bytes["none"], self.stages[-1].round_bytes[compression]
+        return first + self.bytes_up(compression) - last
 
     def bytes_up(self, compression: str) -> int:
         """What the client sends."""
@@ -149,14 +154,14 @@ def spread(rounds: Sequence[int], stages: int) -> list[int]:
 def value_bytes(shapes: Iterable[Shape], compression: str) -> int:
     """Bytes of parameters of these shapes on the way.
 
-    float32 4 bytes a value, float16 2; int8 1 and a float32 scale for each row of a tensor of two axes or
-    more, one for any other tensor.
+    4 bytes a value, float16 2, int8 1; either with a float32 scale for each row of a tensor of two axes or
+    more, and one for any other tensor.
     """
     width = {"none": 4, "float16": 2, "int8": 1}[compression]
     total = 0
     for shape in shapes:
         total += width * math.prod(shape)
-        if compression == "int8":
+        if compression != "none":
             total += 4 * (shape[0] if len(shape) > 1 else 1)
     return total
 
@@ -168,12 +173,19 @@ def footprint(before: StageCuts | None, cut: StageCuts) -> Footprint:
     def step(batch_size: int) -> int:
         return observe_step(cut.train, batch_size).peak_bytes
 
+    @functools.cache
+    def embed(batch_size: int) -> int:
+        return observe_forward(cut.train, batch_size).peak_bytes
+
     segments = list(before.segments.values()) if before else []
     return Footprint(
         parameter_bytes=4 * _count(cut.train),
         step=step,
+        embed=embed if cut.train.head.task == "contrastive" else None,
         segment_parameter_bytes=sum(4 * _count(one) for one in segments),
-        segment_bytes=max([observe_forward(one, SEGMENT_BATCH).peak_bytes for one in segments], default=0),
+        segment_bytes=max(
+            [observe_forward(one, SEGMENT_BATCH_SIZE).peak_bytes for one in segments], default=0
+        ),
     )
 
 
@@ -183,7 +195,7 @@ def _stage_cost(
     batch_size = setting.batch_size
     step = observe_step(cut.train, batch_size)
     train = step.flops
-    if 0 < micro_batch_size < batch_size and model.task == "contrastive":
+    if micro_batch_size and model.task == "contrastive":
         train += observe_forward(cut.train, batch_size).flops
     trainable, frozen = (_shapes(model, groups) for groups in (cut.plan.trainable, cut.plan.frozen))
     fetched = () if before is None else set(before.plan.trainable) & set(cut.plan.frozen)

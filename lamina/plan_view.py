@@ -25,10 +25,12 @@ _RUN = (
 )
 _NOTES = (
     "trained, frozen: parameters of the model attached.",
-    "step: forward and backward, per example, round and epoch. segment: of the prefix, what the feature",
-    "cache runs once per example and stage. prefix: what each step would run besides, without the cache.",
-    "fp32, fp16, int8: bytes down each round, and as many up, before zstd. once: newly frozen, down.",
-    "Of the whole run: FLOPs per example with and without the cache, bytes of fp32, ratio to end_to_end.",
+    "step: forward and backward, per example, in each epoch of each round.",
+    "segment: what the feature cache runs, per example, once per stage.",
+    "prefix: what each step would run besides, without the cache.",
+    "fp32, fp16, int8: the update, each round, down and up, before zstd.",
+    "once: what was frozen last, down, as fp32.",
+    "run: FLOPs per example with and without the cache, bytes of fp32; x end_to_end.",
 )
 
 
@@ -39,10 +41,7 @@ def table(costs: list[ScheduleCost], setting: Setting) -> Group:
         own = "" if place else ", the bundle's own"
         parts += [Text.assemble((cost.schedule, "bold"), own), _stages(cost), Text()]
     epochs = f"{setting.local_epochs} local epoch{'s' if setting.local_epochs > 1 else ''}"
-    peak = (
-        f"peak: expected of a client with {setting.engine}, batches of {setting.batch_size}, {epochs}, "
-        "without its examples on disk."
-    )
+    peak = f"peak: expected of a client, {setting.engine}, batches of {setting.batch_size}, {epochs}."
     notes = (Text(note, style="dim") for note in (*_NOTES, peak))
     return Group(*parts, Text("the whole run of a client", style="bold"), _totals(costs), Text(), *notes)
 

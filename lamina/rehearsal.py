@@ -3,7 +3,7 @@
 Rules: the process imports what a client imports and holds what a client holds: the offered parameters, the
 engine, the trained copy and the update. It runs the prefix's newest segment first, then `ROUNDS` times
 `STEPS` steps, for memory that one round has given back need not fit the next. What it lacks of a client is
-the broker's connection, messages, and the pages of the examples that are mapped from disk.
+the broker's connection, messages and the reading of examples.
 
 Next: `export/budget.py`, which lowers a micro-batch where this finds more than the budget.
 """
@@ -23,7 +23,6 @@ from wire.errors import LaminaError
 from wire.manifest import Manifest, TensorSpec, read_manifest
 
 ROUNDS, STEPS = 2, 2
-SEGMENT_BATCH = 32  # as of `edge_client/cache.py`
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -77,13 +76,12 @@ def _run_segments(
     if stage == 0:
         return
     before = manifest.stages[stage - 1]
-    size = min(SEGMENT_BATCH, manifest.max_batch_size)
     for graph in before.segments.values():
         inputs = {name: before.inputs[name] for name in graph.inputs}
         run = open_graph(engine, bundle.joinpath, graph)
         parameters = _parameters(manifest, list(graph.parameters.values()), generator)
         for _ in range(STEPS):
-            run(_batch(inputs, size, generator), parameters)
+            run(_batch(inputs, manifest.segment_batch_size, generator), parameters)
 
 
 def _parameters(manifest: Manifest, names: list[str], generator: np.random.Generator) -> Arrays:
