@@ -76,6 +76,16 @@ def open_session(path: Path, threads: int) -> Any:
         raise UserError(f"{path} cannot be loaded: {reason}", "write or fetch it once more") from error
 
 
+def infer(session: Any, inputs: Inputs, parameters: Mapping[str, Array]) -> dict[str, Array]:
+    """All outputs of a session by name. Inputs and parameters, by the graph's own names, are all that it
+    needs, or more.
+    """
+    names = [value.name for value in session.get_inputs()]
+    feeds = {name: inputs[name] if name in inputs else parameters[name] for name in names}
+    outputs = [value.name for value in session.get_outputs()]
+    return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+
+
 def graph_file(graph: Graph) -> str:
     """The name of the file that `open_graph` reads."""
     return graph.file
