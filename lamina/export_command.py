@@ -59,6 +59,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="The largest batch that a run may train with.",
 )
+@click.option(
+    "--micro-batch-size",
+    "micro_batch_sizes",
+    default="0",
+    show_default=True,
+    help="The most examples that a device computes at a time, to save memory; the step stays that of the "
+    "whole batch. Of every stage, or one number a stage: 8,16,16. 0: the whole batch.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option(
     "--out",
@@ -86,13 +94,15 @@ def command(
     check: bool,
     names: tuple[str, ...],
     max_batch_size: int,
+    micro_batch_sizes: str,
     force: bool,
     out: Path,
     as_json: bool,
 ) -> None:
     """Write the training artifacts of every stage, checked against torch."""
     texts, classes = _examples(data, pairs(columns, "--column"))
-    each = _rounds(rounds)
+    each = _numbers(rounds, "--rounds", "10,10,20")
+    micro = _numbers(micro_batch_sizes, "--micro-batch-size", "8,16,16")
     builder_options = _options(options)
     if builder_options.get("task") == "classification":
         builder_options.setdefault("classes", len(classes))
@@ -112,15 +122,17 @@ def command(
     extra = (
         {} if schedule == "end_to_end" else {"blocks_per_stage": blocks_per_stage, "warm_start": warm_start}
     )
+    plans = SCHEDULES[schedule](built.depths, each, **extra)
     exported = export_bundle(
         built,
-        SCHEDULES[schedule](built.depths, each, **extra),
+        plans,
         out,
         texts=texts,
         classes=classes if built.task == "classification" else (),
         optimizer=AdamW(beta1, beta2, eps, weight_decay),
         engines=names or None,
         max_batch_size=max_batch_size,
+        micro_batch_sizes=[micro] * len(plans.stages) if isinstance(micro, int) else micro,
         runtimes=engines if check else None,
         seed=seed,
         force=force,
@@ -193,11 +205,13 @@ def _json(text: str) -> Any:
         return text  # a word needs no quotes
 
 
-def _rounds(text: str) -> int | list[int]:
+def _numbers(text: str, option: str, example: str) -> int | list[int]:
+    """One number, or one a stage. example: of the latter, whose first number is one of the former."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
+        first = example.partition(",")[0]
         raise UserError(
-            f"--rounds {text} is not a number", "write --rounds 10 or --rounds 10,10,20"
+            f"{option} {text} is not a number", f"write {option} {first} or {option} {example}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
