@@ -13,7 +13,6 @@ LW-FedMML, arXiv 2407.15426, compares schedules so. Next: `lamina/plan_command.p
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -169,19 +168,10 @@ def value_bytes(shapes: Iterable[Shape], compression: str) -> int:
 def footprint(before: StageCuts | None, cut: StageCuts) -> Footprint:
     """What decides over a stage's memory. before: the stage before."""
 
-    @functools.cache
-    def step(batch_size: int) -> int:
-        return observe_step(cut.train, batch_size).peak_bytes
-
-    @functools.cache
-    def embed(batch_size: int) -> int:
-        return observe_forward(cut.train, batch_size).peak_bytes
-
     segments = list(before.segments.values()) if before else []
     return Footprint(
         parameter_bytes=4 * _count(cut.train),
-        step=step,
-        embed=embed if cut.train.head.task == "contrastive" else None,
+        step=lambda size: observe_step(cut.train, size).peak_bytes,
         segment_parameter_bytes=sum(4 * _count(one) for one in segments),
         segment_bytes=max(
             [observe_forward(one, SEGMENT_BATCH_SIZE).peak_bytes for one in segments], default=0

@@ -8,8 +8,7 @@ with three numbers an engine, fitted to measured peaks (`lamina/rehearsal.py`, o
 batches of 8 to 32, layer-wise and end-to-end): off by 7% at most there. The copies are the offered values,
 the engine's two sets, the moments, the trained values and the update, and with them the graph's own size.
 An engine that recomputes holds less than torch, an arena that grows in pieces more. In micro-batches the
-gradients' sums are one more copy, and an arena also keeps what the pass for a contrastive loss's embeddings
-held. Before the steps the prefix's newest segment runs, with parameters and memory of its own. Besides, a
+gradients' sums are one more copy. Before the steps the prefix's newest segment runs, with parameters and memory of its own. Besides, a
 client has the broker's connection and messages.
 
 Next: `export/observe.py`, what torch would hold; `export/budget.py`, which decides by this.
@@ -29,42 +28,36 @@ class Footprint:
     """What decides over a stage's memory, in bytes.
 
     step: examples at once -> the most that the step's inputs, activations and temporaries hold.
-    embed: the same of the forward pass, which micro-batches of a contrastive stage need alone; others none.
     segment_parameter_bytes, segment_bytes: of the segments that run before it, if any.
     """
 
     parameter_bytes: int
     step: Callable[[int], int]
-    embed: Callable[[int], int] | None = None
     segment_parameter_bytes: int = 0
     segment_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """base_bytes: with a client's imports and the runtime, idle. keeps: an arena for each pass."""
+    """base_bytes: with a client's imports and the runtime, idle."""
 
     base_bytes: int
     copies: float
     share: float
-    keeps: bool
 
 
 ENGINES = {
-    "onnx": EngineMemory(74_000_000, 8.4, 1.35, keeps=True),
-    "executorch": EngineMemory(54_000_000, 5.9, 0.84, keeps=False),
-    "ort-training": EngineMemory(91_000_000, 7.5, 1.23, keeps=True),
+    "onnx": EngineMemory(74_000_000, 8.4, 1.35),
+    "executorch": EngineMemory(54_000_000, 5.9, 0.84),
+    "ort-training": EngineMemory(91_000_000, 7.5, 1.23),
 }
 
 
 def peak_bytes(engine: str, footprint: Footprint, batch_size: int, micro_batch_size: int = 0) -> int:
     """Expected of a whole client. micro_batch_size: 0 for none."""
-    memory, copies, step = ENGINES[engine], ENGINES[engine].copies, 0
-    if micro_batch_size:
-        copies += 1
-        if memory.keeps and footprint.embed is not None:
-            step += footprint.embed(min(micro_batch_size, batch_size))
-    step += footprint.step(min(micro_batch_size or batch_size, batch_size))
+    memory = ENGINES[engine]
+    copies = memory.copies + (micro_batch_size > 0)
+    step = footprint.step(min(micro_batch_size or batch_size, batch_size))
     training = copies * footprint.parameter_bytes + memory.share * step
     segment = footprint.segment_parameter_bytes + SEGMENT_SHARE * memory.share * footprint.segment_bytes
     return CLIENT_BYTES + memory.base_bytes + round(max(training, segment))

@@ -11,6 +11,7 @@ Next: `export/costs.py`, which adds up a schedule.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def skeleton(builder: str, options: dict[str, Any]) -> Model:
         return build(builder, **options)
 
 
+@functools.lru_cache(maxsize=256)
 def observe_step(cut: Cut, batch_size: int) -> Observed:
     """Loss and gradients of a `TrainCut` of a `skeleton`."""
     handles = [
@@ -56,6 +58,7 @@ def observe_step(cut: Cut, batch_size: int) -> Observed:
             handle.remove()
 
 
+@functools.lru_cache(maxsize=256)
 def observe_forward(cut: Cut, batch_size: int) -> Observed:
     """Outputs alone."""
     with torch.no_grad():

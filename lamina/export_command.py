@@ -73,6 +73,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="The largest batch that a run may train with.",
 )
+@click.option(
+    "--micro-batch-size",
+    "micro_batch_sizes",
+    default="0",
+    show_default=True,
+    help="The most examples that a device computes at a time, to save memory; the step stays that of the "
+    "whole batch. Of every stage, or one number a stage: 8,16,16. 0: the whole batch.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option(
     "--out",
@@ -102,6 +110,7 @@ def command(
     check: bool,
     names: tuple[str, ...],
     max_batch_size: int,
+    micro_batch_sizes: str,
     force: bool,
     out: Path,
     as_json: bool,
@@ -112,7 +121,10 @@ def command(
             f"--batch-size {batch_size} is over --max-batch-size {max_batch_size}", "raise the latter"
         )
     texts, classes = _examples(data, pairs(columns, "--column"))
-    each = _rounds(rounds)
+    each = _numbers(rounds, "--rounds", "10,10,20")
+    micro = _numbers(micro_batch_sizes, "--micro-batch-size", "8,16,16")
+    if memory_budget is not None and micro:
+        raise UserError("--memory-budget chooses --micro-batch-size", "give one of them")
     builder_options = _options(options)
     if builder_options.get("task") == "classification":
         builder_options.setdefault("classes", len(classes))
@@ -154,7 +166,8 @@ def command(
     if memory_budget is None:
         extra = {"blocks_per_stage": blocks_per_stage or 1, "warm_start": warm_start}
         made = SCHEDULES[schedule](built.depths, each, **({} if schedule == "end_to_end" else extra))
-        exported = write(made, out, force=force)
+        sizes = [micro] * len(made.stages) if isinstance(micro, int) else micro
+        exported = write(made, out, force=force, micro_batch_sizes=sizes)
     else:
         within = export_within(
             Budget(memory_budget, batch_size, check_engines(names or exportable())),
@@ -173,14 +186,14 @@ def command(
         exported, measured = within.exported, within.measured
     manifest, counts = exported.manifest, parameter_counts(exported.manifest)
     stages = [sum(counts[group] for group in stage.trainable) for stage in manifest.stages]
-    sizes = {name: _size(manifest, name) for name in manifest.stages[0].engines}
+    graphs = {name: _size(manifest, name) for name in manifest.stages[0].engines}
     if as_json:
         parity = None
         if exported.parity:
             parity = {"loss": exported.parity.loss_error, "parameter": exported.parity.parameter_error}
         size = sum(ref.size_bytes for ref in manifest.files.values())
         result: dict[str, Any] = {"bundle": str(out), "schedule": schedule, "trained_parameters": stages}
-        result |= {"size_bytes": size, "engine_bytes": sizes, "relative_error": parity}
+        result |= {"size_bytes": size, "engine_bytes": graphs, "relative_error": parity}
         if memory_budget is not None:
             result["memory"] = [
                 {
@@ -198,7 +211,7 @@ def command(
         )
         if memory_budget is not None:
             click.echo(f"stage {number}: {_memory(stage, measured[number - 1])}")
-    for engine, size in sizes.items():
+    for engine, size in graphs.items():
         click.echo(f"a client with {engine} fetches {size / 1e3:,.0f} kB of graphs, all stages together")
     if exported.parity:
         click.echo(str(exported.parity))
@@ -256,11 +269,13 @@ def _json(text: str) -> Any:
         return text  # a word needs no quotes
 
 
-def _rounds(text: str) -> int | list[int]:
+def _numbers(text: str, option: str, example: str) -> int | list[int]:
+    """One number, or one a stage. example: of the latter, whose first number is one of the former."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
+        first = example.partition(",")[0]
         raise UserError(
-            f"--rounds {text} is not a number", "write --rounds 10 or --rounds 10,10,20"
+            f"{option} {text} is not a number", f"write {option} {first} or {option} {example}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

@@ -67,6 +67,7 @@ class LocalRun:
     columns: tuple[str, ...]
     engines: tuple[str, ...]
     threads: int
+    micro_batch_size: str
     features: tuple[str, ...]
     memory_budget: int | None
     broker: str | None
@@ -101,6 +102,12 @@ class LocalRun:
     default=0,
     help="Threads of each client's train step.  [default: its share of the cores]",
 )
+@click.option(
+    "--micro-batch-size",
+    default="0",
+    show_default=True,
+    help="The most examples that a client computes at a time, or one number a stage; see `lamina export`.",
+)
 @feature_options
 @memory_budget_option
 @click.option(
@@ -126,6 +133,7 @@ def command(
     columns: tuple[str, ...],
     engine: tuple[str, ...],
     threads: int,
+    micro_batch_size: str,
     feature_dtype: str,
     max_feature_mb: int | None,
     memory_budget: int | None,
@@ -165,6 +173,7 @@ def command(
         columns=columns,
         engines=engines,
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
+        micro_batch_size=micro_batch_size,
         features=(
             *("--feature-dtype", feature_dtype),
             *(() if max_feature_mb is None else ("--max-feature-mb", str(max_feature_mb))),
@@ -280,6 +289,7 @@ def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
     arguments += ["--max-batch-size", str(max(64, run.plan["batch_size"]))]
+    arguments += ["--micro-batch-size", run.micro_batch_size]
     if run.memory_budget is not None:
         arguments += ["--memory-budget", f"{run.memory_budget}B"]
         arguments += ["--batch-size", str(run.plan["batch_size"])]

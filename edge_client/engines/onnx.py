@@ -163,12 +163,7 @@ class Onnx:
         return {name: np.ascontiguousarray(batch[name], spec.dtype) for name, spec in self._inputs.items()}
 
     def _infer(self, role: str, batch: Batch) -> Arrays:
-        """All outputs of a graph of data and parameters."""
-        session = self._sessions[role]
-        names = [value.name for value in session.get_inputs()]
-        feeds = {name: batch[name] if name in batch else self._values[name] for name in names}
-        outputs = [value.name for value in session.get_outputs()]
-        return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        return onnx_runtime.infer(self._sessions[role], batch, self._values)
 
     def _train(self, role: str, batch: Batch) -> float:
         """The loss; all else is written where it is bound."""
