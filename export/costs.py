@@ -167,7 +167,6 @@ def value_bytes(shapes: Iterable[Shape], compression: str) -> int:
 
 def footprint(before: StageCuts | None, cut: StageCuts) -> Footprint:
     """What decides over a stage's memory. before: the stage before."""
-
     segments = list(before.segments.values()) if before else []
     return Footprint(
         parameter_bytes=4 * _count(cut.train),

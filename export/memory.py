@@ -5,11 +5,12 @@ Rules: a process that trains comes to
     base of the engine + copies of the trained parameters + share of what torch would hold for the step
 
 with three numbers an engine, fitted to measured peaks (`lamina/rehearsal.py`, of tiny and vit-tiny at
-batches of 8 to 32, layer-wise and end-to-end): off by 7% at most there. The copies are the offered values,
-the engine's two sets, the moments, the trained values and the update, and with them the graph's own size.
-An engine that recomputes holds less than torch, an arena that grows in pieces more. In micro-batches the
-gradients' sums are one more copy. Before the steps the prefix's newest segment runs, with parameters and memory of its own. Besides, a
-client has the broker's connection and messages.
+batches of 8 to 32, layer-wise and end-to-end): off by 8% at most there, and up to 14% too high where steps
+are in micro-batches. The copies are the offered values, the engine's two sets, the moments, the trained
+values and the update, and with them the graph's own size. An engine that recomputes holds less than torch,
+an arena that grows in pieces more. In micro-batches the gradients' sums are one more copy. Before the steps
+the prefix's newest segment runs, with parameters and memory of its own. Besides, a client has the broker's
+connection and messages.
 
 Next: `export/observe.py`, what torch would hold; `export/budget.py`, which decides by this.
 """

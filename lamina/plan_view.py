@@ -92,7 +92,9 @@ def _table(columns: tuple[tuple[str, str], ...]) -> Table:
 
 
 def _number(value: float) -> str:
-    """Three digits, or all before the point."""
-    if value >= 100:
+    """In five places or fewer, but for what is over 99999."""
+    if value >= 99.95:
         return f"{value:.0f}"
-    return f"{value:.3g}" if value else "-"
+    if value >= 0.01:
+        return f"{value:#.3g}" if value >= 0.995 else f"{value:.3f}"
+    return f"{value:.0e}" if value else "-"

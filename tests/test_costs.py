@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
-from small_models import BUILDER, bundle, small
+from small_models import BUILDER, small
 
-from export.costs import COMPRESSIONS, Setting, every_schedule, schedule_cost, spread, value_bytes
+from export.costs import COMPRESSIONS, Setting, schedule_cost, spread, value_bytes
 from export.observe import observe_forward, observe_step, skeleton
 from export.schedules import SCHEDULES
 from export.stage import Cut, SegmentCut, cut_stages
@@ -123,27 +122,6 @@ def test_micro_batches_cost_a_forward_pass_of_a_contrastive_step_and_save_memory
     extra = forward.flops // 32 if model.task == "contrastive" else 0
     assert parts[0].train_flops - whole[0].train_flops == extra
     assert parts[0].peak_bytes < whole[0].peak_bytes
-
-
-def test_the_bundles_own_schedule_comes_first_and_all_have_as_many_rounds(tmp_path):
-    model = small(image_blocks=3, text_blocks=2)
-    manifest = bundle(
-        model, tmp_path / "bundle", "progressive", blocks_per_stage=2, engines=("onnx",)
-    ).manifest
-    found = every_schedule(skeleton(BUILDER, model.builder_options), manifest, SETTING)
-    assert [cost.schedule for cost in found] == ["progressive", "end_to_end", "layerwise"] or [
-        cost.schedule for cost in found
-    ] == ["progressive", "layerwise", "end_to_end"]
-    assert {cost.schedule: len(cost.stages) for cost in found} == {
-        "progressive": 2,
-        "layerwise": 2,
-        "end_to_end": 1,
-    }
-    assert {sum(stage.rounds for stage in cost.stages) for cost in found} == {4}
-    own = found[0].stages
-    counts = [sum(map(torch.Size.numel, map(torch.Size, manifest.shapes_of(one.trainable).values())))
-              for one in manifest.stages]  # fmt: skip
-    assert [stage.trainable_parameters for stage in own] == counts
 
 
 @pytest.mark.parametrize(
