@@ -198,6 +198,23 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "--data", "examples"), ("examples has no clients/<name>/", "lamina data prepare")),
     (("run", "--data", "no"), ("no has no clients/<name>/",)),
     (("export", "--data", "empty", "--out", "out"), ("empty holds neither",)),
+    (("export", "--memory-budget", "200"), ("'200' is not an amount of memory", "write 200MB")),
+    (("run", "--memory-budget", "much"), ("'much' is not an amount of memory",)),
+    (
+        ("export", "--memory-budget", "1GB", "--micro-batch-size", "8"),
+        ("--memory-budget chooses --micro-batch-size",),
+    ),
+    (
+        ("export", "--memory-budget", "1GB", "--batch-size", "65"),
+        ("--batch-size 65 is over --max-batch-size 64",),
+    ),
+    (("plan", "nowhere"), ("nowhere holds no bundle", "lamina export")),
+    (("plan",), ("BUNDLE",)),
+    (("plan", "bundles/small", "--batch-size", "0"), ("--batch-size", "0")),
+    (
+        ("plan", "bundles/small", "--engine", "executorch"),
+        ("no files for the engine executorch", "choose onnx"),
+    ),
     # Bundles and models.
     (("aggregator", "--broker", "BROKER"), ("bundle holds no bundle", "lamina export")),
     ((*AGGREGATOR, "--bundle", "nowhere"), ("nowhere holds no bundle",)),
