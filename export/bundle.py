@@ -199,7 +199,8 @@ def _tokenizers(model: Model) -> dict[str, int]:
 def _check_micro_batches(sizes: Sequence[int], num_stages: int, max_batch_size: int) -> None:
     if len(sizes) != num_stages:
         raise UserError(
-            f"{len(sizes)} sizes of micro-batches for {num_stages} stages", "give one number, or one a stage"
+            f"{len(sizes)} sizes of micro-batches for {num_stages} stages",
+            "give one number, or one a stage",
         )
     if not all(0 <= size <= max_batch_size for size in sizes):
         raise UserError(

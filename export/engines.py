@@ -108,10 +108,8 @@ def _executorch(step: Step) -> Files:
         program = train_program(step.cut, step.traced(), settings.optimizer, settings.max_batch_size)
         return {"program": ("pte", program)}
     pairs = step.passes.pairs
-    graph = pairs and loss_and_gradients(pairs, structure_of(pairs), of_inputs=True)
-    program = passes_program(
-        step.passes, step.traced(), graph, settings.optimizer, settings.max_batch_size
-    )
+    graph = loss_and_gradients(pairs, structure_of(pairs), of_inputs=True) if pairs else None
+    program = passes_program(step.passes, step.traced(), graph, settings.optimizer, settings.max_batch_size)
     return {"program": ("pte", program)}
 
 

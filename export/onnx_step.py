@@ -63,9 +63,7 @@ def write_operations(writer: Writer, cut: Cut, graph: fx.GraphModule) -> tuple[f
     return tuple(results)
 
 
-def used_up(
-    writer: Writer, gradients: dict[str, fx.Node], use: Callable[[str, fx.Node], object]
-) -> None:
+def used_up(writer: Writer, gradients: dict[str, fx.Node], use: Callable[[str, fx.Node], object]) -> None:
     """Write what `use` does with each gradient, given by its parameter, last the one that comes first."""
     order = {node: place for place, node in enumerate(writer.names)}
     for name in sorted(gradients, key=lambda name: -order[gradients[name]]):

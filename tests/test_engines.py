@@ -111,7 +111,10 @@ def micro(tmp_path_factory):
 
     def make(head):
         if head not in made:
-            model, folder = small(head, image_blocks=1, text_blocks=1), tmp_path_factory.mktemp("micro") / "b"
+            model, folder = (
+                small(head, image_blocks=1, text_blocks=1),
+                tmp_path_factory.mktemp("micro") / "b",
+            )
             exported = bundle(model, folder, "end_to_end", engines=tuple(ENGINES), micro_batch_size=MICRO)
             made[head] = Case(model, exported, folder, "end_to_end")
         return made[head]
