@@ -108,9 +108,7 @@ class Onnx:
         return loss
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
-        """As in `Engine`. A graph for it alone is opened for this call: while training, its memory is better
-        used.
-        """
+        """As in `Engine`. A graph for it alone is opened for this call only."""
         self._loaded()
         fed = self._feeds(batch)
         if "eval" in self._files:
