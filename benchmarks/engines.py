@@ -55,7 +55,9 @@ def main() -> None:
     engines = options.engine or [TORCH, *available()]
     pythons = dict(pair.split("=", 1) for pair in options.python)
     print("a step of one block of each encoder and the head; ms and MB, and their ratio to eager torch's")
-    print(LINE.format("size", "threads", "micro", "engine", "step", "ratio", "peak", "ratio", "kB", "runtime"))
+    print(
+        LINE.format("size", "threads", "micro", "engine", "step", "ratio", "peak", "ratio", "kB", "runtime")
+    )
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
         for size in options.size or SIZES:
             preset, batch = size.split(":")

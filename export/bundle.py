@@ -214,7 +214,7 @@ def _check_micro_batches(sizes: Sequence[int], num_stages: int, max_batch_size: 
         )
     if not all(0 <= size <= max_batch_size for size in sizes):
         raise UserError(
-            f"micro-batches of {', '.join(map(str, sizes))} examples, the largest batch has {max_batch_size}",
+            f"micro-batches of {', '.join(map(str, sizes))}, and the largest batch has {max_batch_size}",
             "choose numbers from 0, which is none, to that of the largest batch",
         )
 

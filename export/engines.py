@@ -32,7 +32,6 @@ class Settings:
 
     optimizer: AdamW
     max_batch_size: int
-    segment_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _executorch(step: Step) -> Files:
         program = train_program(step.cut, step.traced(), settings.optimizer, settings.max_batch_size)
         return {"program": ("pte", program)}
     pairs = step.passes.pairs
-    graph = pairs and loss_and_gradients(pairs, structure_of(pairs), of_inputs=True)
+    graph = loss_and_gradients(pairs, structure_of(pairs), of_inputs=True) if pairs else None
     program = passes_program(step.passes, step.traced(), graph, settings.optimizer, settings.max_batch_size)
     return {"program": ("pte", program)}
 
@@ -186,5 +185,5 @@ class EngineFiles:
         if graph not in self._programs:
             from export.executorch import inference_program
 
-            self._programs[graph] = inference_program(cut, self.settings.segment_batch_size)
+            self._programs[graph] = inference_program(cut, self.settings.max_batch_size)
         return self._programs[graph]

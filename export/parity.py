@@ -1,8 +1,9 @@
 """Every bundle is checked against torch as it is written: what is checked is what the device runs.
 
 Rules: for each stage and engine, `STEPS` AdamW steps on the same random batches, the last one smaller, and
-all but that one larger than a micro-batch, where a stage has those; then each inference graph. They start near the initial values and not at them: a block that starts as the
-identity would hide what its branches compute. Losses and outputs are compared by relative L2.
+the others larger than a micro-batch, where a stage has those; then each inference graph. They start near
+the initial values and not at them: a block that starts as the identity would hide what its branches
+compute. Losses and outputs are compared by relative L2.
 A parameter is compared as a whole, by the L2 norm of the difference over the norm of the tensor, or over
 one Adam step of every element (learning rate times sqrt(n)) where that is larger: what has barely left
 zero is known no better, for Adam turns rounding noise into steps of full size.

@@ -39,7 +39,7 @@ class Cut(nn.Module):
 class TrainCut(Cut):
     """This stage's sections and the head: its inputs -> the loss, float32 []."""
 
-    outputs = ("loss",)
+    outputs: tuple[str, ...] = ("loss",)
 
     def __init__(self, sections: Mapping[str, Section], head: Head, inputs: dict[str, TensorSpec]) -> None:
         super().__init__()

@@ -47,8 +47,8 @@ ROLES: dict[str, dict[str, frozenset[str]]] = {
     },
 }
 """Engine -> the roles of its files in a stage: of one that steps on whole batches, or of one that steps in
-micro-batches, by task. `embed` gives the embeddings of a micro-batch, `pairs` the loss of all embeddings and
-its gradients, `gradients` adds those of a micro-batch to their sums, `update` or `optimizer` is AdamW.
+micro-batches, by task. `embed` gives the embeddings of a micro-batch, `pairs` the loss of all embeddings
+and its gradients, `gradients` adds those of a micro-batch to their sums, `update` or `optimizer` is AdamW.
 """
 _MAX_VALUES = 2**33  # of one parameter; no device holds as many
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")

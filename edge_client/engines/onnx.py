@@ -70,7 +70,9 @@ class Onnx:
             for name, torch_name in self._names.items()
         }
         moments = self._moments = {
-            f"{name}.{moment}": np.zeros_like(value) for name, value in values.items() for moment in _MOMENTS
+            f"{name}.{moment}": np.zeros_like(value)
+            for name, value in values.items()
+            for moment in _MOMENTS
         }
         scalars = {"step": self._step, "learning_rate": self._learning_rate}
         loss = {"loss": self._loss}
@@ -106,9 +108,7 @@ class Onnx:
         return loss
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
-        """As in `Engine`. A graph for it alone is opened for this call: while training, its memory is better
-        used.
-        """
+        """As in `Engine`. A graph for it alone is opened for this call only."""
         self._loaded()
         fed = self._feeds(batch)
         if "eval" in self._files:

@@ -4,8 +4,8 @@ Rules: everything here that needs the runtime imports it through `onnxruntime()`
 import looks for its torch bridge, and with it loads torch and onnx wherever they happen to be installed:
 250 MB. Hiding `onnxruntime.training` during that import prevents it. A session's memory patterns are off:
 they keep a block of the size of a whole step beside what the first step has left behind. All sessions take
-their memory from one arena of the process: they run one after the other, and an arena keeps the most that it
-ever had, so with one each the passes of a step would hold their memory side by side.
+their memory from one arena of the process: they run one after the other, and an arena keeps the most that
+it ever had, so with one each the passes of a step would hold their memory side by side.
 
 Next: `edge_client/engines/onnx.py` and `ort_training.py`; `edge_client/cache.py` runs segments.
 """

@@ -4,8 +4,8 @@ Rules: the checkpoint holds names only, so every value comes through `load`, in 
 `Stage.parameters` in one flat buffer. `load` starts anew: sessions, gradients and AdamW's moments. The
 bindings keep nothing alive: a value borrows numpy's memory, a module points into its checkpoint.
 
-A step in micro-batches adds up gradients where the module keeps them: they are reset once a step. The passes
-over embeddings are graphs that only infer, on a copy of the parameters.
+A step in micro-batches adds up gradients where the module keeps them: they are reset once a step. The
+passes over embeddings are graphs that only infer, on a copy of the parameters.
 
 https://onnxruntime.ai/docs/api/python/on_device_training/training_artifacts.html
 Next: `export/ort_training.py`, which makes the files; `edge_client/engines/micro_batches.py`, the order of

@@ -378,8 +378,12 @@ def test_a_stage_in_micro_batches_has_other_files(task: str):
 
 @pytest.mark.parametrize(
     ("task", "size", "roles_of"),
-    [("contrastive", 0, "contrastive"), ("contrastive", 8, "classification")]
-    + [("classification", 0, "classification"), ("classification", 8, "contrastive")],
+    [
+        ("contrastive", 0, "contrastive"),
+        ("contrastive", 8, "classification"),
+        ("classification", 0, "classification"),
+        ("classification", 8, "contrastive"),
+    ],
 )
 def test_files_of_another_kind_of_step_are_refused(task: str, size: int, roles_of: str):
     with pytest.raises(Malformed, match="a stage has not the files of an engine"):
