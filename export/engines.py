@@ -32,6 +32,7 @@ class Settings:
 
     optimizer: AdamW
     max_batch_size: int
+    segment_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -185,5 +186,5 @@ class EngineFiles:
         if graph not in self._programs:
             from export.executorch import inference_program
 
-            self._programs[graph] = inference_program(cut, self.settings.max_batch_size)
+            self._programs[graph] = inference_program(cut, self.settings.segment_batch_size)
         return self._programs[graph]
