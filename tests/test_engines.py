@@ -245,6 +245,19 @@ def test_evaluation_is_the_loss_and_trains_nothing(case, engine, head):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_the_order_of_a_batchs_inputs_is_of_no_matter(case, engine):
+    """A client's batches begin with what it has in its feature cache."""
+    one = case("contrastive", "layerwise")
+    batch = arrays(one.batches(0)[0])
+    turned = dict(reversed(batch.items()))
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        before = opened.evaluate(batch)["loss"]
+        assert opened.evaluate(turned)["loss"] == before
+        assert opened.train_step(turned, LEARNING_RATE) == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_loading_starts_anew_bit_by_bit(case, engine):
     one = case()
     batches = [arrays(batch) for batch in one.batches(0)]

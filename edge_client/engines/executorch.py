@@ -86,7 +86,7 @@ class ExecuTorch:
         scalars = [self._step, self._learning_rate]
         self._learning_rate[...] = learning_rate
         if not self._size:
-            fed = self._feeds(_TRAIN, batch)
+            fed = self._feeds(_TRAIN, self._taken(batch))
             self._step += 1
             program.run(_TRAIN, [*state, *scalars, *fed], [self._loss, *state])
             return float(self._loss)
@@ -102,7 +102,7 @@ class ExecuTorch:
         self._loaded()
         if self._size:
             return {"loss": micro_batches.whole_loss(self, self._taken(batch), self._size, self._task)}
-        return {"loss": self.part_of_loss(batch)}
+        return {"loss": self.part_of_loss(self._taken(batch))}
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""
