@@ -20,7 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CLIENT_BYTES = 16_000_000  # the broker's connection, messages, an update as it is packed
+CLIENT_BYTES = (
+    22_000_000  # the broker's connection, messages, an update as it is packed, what rounds leave behind
+)
 SEGMENT_SHARE = 0.85  # of what the forward pass of a segment holds, to that of a step
 
 
