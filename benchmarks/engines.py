@@ -6,6 +6,7 @@ of its steps. Peak memory is the process's high-water mark after all steps (`VmH
 
     python benchmarks/engines.py
     python benchmarks/engines.py --size vit-tiny:32 --threads 1 --repeats 5
+    python benchmarks/engines.py --size vit-tiny:32 --micro-batch-size 0 --micro-batch-size 8
     python benchmarks/engines.py --python onnx=/other/venv/bin/python    # with another ONNX Runtime
 
 A step is one AdamW step of a layer-wise stage in the middle: one block of each encoder, and the head.
@@ -31,7 +32,7 @@ SIZES = ("tiny:32", "small:32", "vit-tiny:8", "vit-tiny:32")  # preset:batch
 STAGE = 1
 WARM_UP = 2
 TORCH = "torch"
-LINE = "{:<12} {:>7}  {:<13}{:>7}{:>7}{:>7}{:>7}{:>7}  {}"
+LINE = "{:<12} {:>7} {:>6}  {:<13}{:>7}{:>7}{:>7}{:>7}{:>7}  {}"
 
 
 def main() -> None:
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--size", action="append", help=f"PRESET:BATCH [default: {' '.join(SIZES)}]")
     parser.add_argument("--threads", action="append", type=int, help="[default: 1 and 2]")
     parser.add_argument("--engine", action="append", choices=[TORCH, *ENGINES], help="[default: all]")
+    parser.add_argument("--micro-batch-size", action="append", type=int, help="[default: 0, none]")
     parser.add_argument("--steps", type=int, default=8, help="of a repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH")
@@ -53,17 +55,26 @@ def main() -> None:
     engines = options.engine or [TORCH, *available()]
     pythons = dict(pair.split("=", 1) for pair in options.python)
     print("a step of one block of each encoder and the head; ms and MB, and their ratio to eager torch's")
-    print(LINE.format("size", "threads", "engine", "step", "ratio", "peak", "ratio", "kB", "runtime"))
+    print(
+        LINE.format("size", "threads", "micro", "engine", "step", "ratio", "peak", "ratio", "kB", "runtime")
+    )
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
         for size in options.size or SIZES:
             preset, batch = size.split(":")
-            bundle = exported(preset, Path(folder) / preset, int(batch))
-            for threads in options.threads or (1, 2):
-                table(size, bundle, threads, engines, pythons, options)
+            for micro in options.micro_batch_size or (0,):
+                bundle = exported(preset, Path(folder) / f"{preset}-{micro}", int(batch), micro, engines)
+                for threads in options.threads or (1, 2):
+                    table(size, bundle, micro, threads, engines, pythons, options)
 
 
 def table(
-    size: str, bundle: Path, threads: int, engines: list[str], pythons: dict[str, str], options: Any
+    size: str,
+    bundle: Path,
+    micro: int,
+    threads: int,
+    engines: list[str],
+    pythons: dict[str, str],
+    options: Any,
 ) -> None:
     """Measure every engine in turn, and print one line each."""
     found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
@@ -95,11 +106,11 @@ def table(
         kilobytes = f"{one['kilobytes']:.0f}" if one["kilobytes"] else "-"
         note = ", WITH TORCH IN THE PROCESS" if one["torch"] and engine != TORCH else ""
         figures = [f"{step:.1f}", f"{ratios[0]:.2f}", f"{peak:.0f}", f"{ratios[1]:.2f}", kilobytes]
-        print(LINE.format(size, threads, engine, *figures, one["runtime"] + note), flush=True)
+        print(LINE.format(size, threads, micro or "-", engine, *figures, one["runtime"] + note), flush=True)
 
 
-def exported(preset: str, folder: Path, batch: int) -> Path:
-    """A bundle of the preset for all engines, made once."""
+def exported(preset: str, folder: Path, batch: int, micro: int, engines: list[str]) -> Path:
+    """A bundle of the preset for these engines, made once."""
     from export.bundle import export_bundle
     from export.schedules import layerwise
     from models.registry import build
@@ -107,7 +118,16 @@ def exported(preset: str, folder: Path, batch: int) -> Path:
     if not folder.exists():
         texts = [f"{'abcdefghij'[i % 10] * (i % 7 + 1)} {i}" for i in range(400)]
         model = build(preset, image_blocks=3, text_blocks=3)
-        export_bundle(model, layerwise(model.depths, 1), folder, texts=texts, max_batch_size=max(64, batch))
+        schedule = layerwise(model.depths, 1)
+        export_bundle(
+            model,
+            schedule,
+            folder,
+            texts=texts,
+            engines=[engine for engine in engines if engine != TORCH],
+            max_batch_size=max(64, batch),
+            micro_batch_sizes=[micro] * len(schedule.stages),
+        )
     return folder
 
 

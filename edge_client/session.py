@@ -43,6 +43,7 @@ from wire.tasks import beside
 from wire.tensors import Arrays
 
 PENDING = "pending"
+TOLERANCE = 1.15  # of what export expects, to what it comes to
 
 T = TypeVar("T")
 
@@ -254,6 +255,14 @@ class Session:
         self._told_cpu_s = cpu_s
         self._told = (sent, received)
         await self._link.usage(usage)
+        planned = self._planned_bytes(offer.key.stage)
+        if planned and usage.peak_rss_bytes > TOLERANCE * planned:
+            peak = usage.peak_rss_bytes / 1e6
+            log.warning("%s: %.0f MB of memory, %.0f MB were expected", offer.key, peak, planned / 1e6)
+
+    def _planned_bytes(self, stage: int) -> int:
+        """Of memory, up to this stage; 0: nothing was planned."""
+        return max((one.expected_peak_bytes for one in self._manifest.stages[: stage + 1]), default=0)
 
 
 async def _in_thread(work: Callable[[StopEvent], T]) -> T:

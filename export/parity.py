@@ -1,8 +1,9 @@
 """Every bundle is checked against torch as it is written: what is checked is what the device runs.
 
-Rules: for each stage and engine, `STEPS` AdamW steps on the same random batches, the last one smaller; then
-each inference graph. They start near the initial values and not at them: a block that starts as the
-identity would hide what its branches compute. Losses and outputs are compared by relative L2.
+Rules: for each stage and engine, `STEPS` AdamW steps on the same random batches, the last one smaller, and
+the others larger than a micro-batch, where a stage has those; then each inference graph. They start near
+the initial values and not at them: a block that starts as the identity would hide what its branches
+compute. Losses and outputs are compared by relative L2.
 A parameter is compared as a whole, by the L2 norm of the difference over the norm of the tensor, or over
 one Adam step of every element (learning rate times sqrt(n)) where that is larger: what has barely left
 zero is known no better, for Adam turns rounding noise into steps of full size.
@@ -161,7 +162,7 @@ def _check(
     num_graphs = 0
     for number, (stage, cut) in enumerate(zip(manifest.stages, cuts, strict=True)):
         generator = torch.Generator().manual_seed(seed + number)
-        sizes = [min(size, manifest.max_batch_size) for size in BATCH_SIZES]
+        sizes = [min(size, manifest.max_batch_size) for size in _batch_sizes(stage.micro_batch_size)]
         batches = [example(cut.train.inputs, size, limits, generator) for size in sizes]
         losses, after = reference(cut.train, model, batches, manifest.optimizer, LEARNING_RATE)
         for name in usable:
@@ -188,6 +189,12 @@ def _check(
         output_error=worst.of("output")[0],
         seconds=time.monotonic() - begin,
     )
+
+
+def _batch_sizes(micro_batch_size: int) -> list[int]:
+    """`BATCH_SIZES`, but of one and a half micro-batches where that is more."""
+    large = max(*BATCH_SIZES, micro_batch_size + (micro_batch_size + 1) // 2)
+    return [large if size == max(BATCH_SIZES) else size for size in BATCH_SIZES]
 
 
 def _graphs(

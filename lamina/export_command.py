@@ -6,17 +6,19 @@ Next: `export/bundle.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.options import column_option, config_option, model_options, pairs
+from lamina.options import column_option, config_option, memory_budget_option, model_options, pairs
 from wire.errors import UserError
 
 if TYPE_CHECKING:
-    from wire.manifest import Manifest
+    from export.schedules import WarmStart
+    from wire.manifest import Manifest, Stage
 
 
 @click.command("export", short_help="Write the training artifacts of every stage.")
@@ -24,7 +26,19 @@ if TYPE_CHECKING:
 @click.option(
     "--rounds", default="10", show_default=True, help="Of every stage, or one number a stage: 10,10,20."
 )
-@click.option("--blocks-per-stage", default=1, show_default=True, help="Blocks that a stage attaches.")
+@click.option(
+    "--blocks-per-stage",
+    type=int,
+    help="Blocks that a stage attaches.  [default: 1, or what fits a --memory-budget]",
+)
+@memory_budget_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 2**16),
+    default=32,
+    show_default=True,
+    help="Examples in a train step of the run that --memory-budget is for.",
+)
 @click.option(
     "--data",
     multiple=True,
@@ -59,6 +73,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="The largest batch that a run may train with.",
 )
+@click.option(
+    "--micro-batch-size",
+    "micro_batch_sizes",
+    default="0",
+    show_default=True,
+    help="The most examples that a device computes at a time, to save memory; the step stays that of the "
+    "whole batch. Of every stage, or one number a stage: 8,16,16. 0: the whole batch.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option(
     "--out",
@@ -74,8 +96,10 @@ def command(
     options: tuple[str, ...],
     schedule: str,
     rounds: str,
-    blocks_per_stage: int,
-    warm_start: str,
+    blocks_per_stage: int | None,
+    memory_budget: int | None,
+    batch_size: int,
+    warm_start: WarmStart,
     data: tuple[Path, ...],
     columns: tuple[str, ...],
     beta1: float,
@@ -86,13 +110,21 @@ def command(
     check: bool,
     names: tuple[str, ...],
     max_batch_size: int,
+    micro_batch_sizes: str,
     force: bool,
     out: Path,
     as_json: bool,
 ) -> None:
     """Write the training artifacts of every stage, checked against torch."""
+    if memory_budget is not None and batch_size > max_batch_size:
+        raise UserError(
+            f"--batch-size {batch_size} is over --max-batch-size {max_batch_size}", "raise the latter"
+        )
     texts, classes = _examples(data, pairs(columns, "--column"))
-    each = _rounds(rounds)
+    each = _numbers(rounds, "--rounds", "10,10,20")
+    micro = _numbers(micro_batch_sizes, "--micro-batch-size", "8,16,16")
+    if memory_budget is not None and micro:
+        raise UserError("--memory-budget chooses --micro-batch-size", "give one of them")
     builder_options = _options(options)
     if builder_options.get("task") == "classification":
         builder_options.setdefault("classes", len(classes))
@@ -100,8 +132,12 @@ def command(
         import torch
 
         import edge_client.engines as engines
-        from export.bundle import export_bundle
-        from export.schedules import SCHEDULES
+        from export.budget import Budget, fit
+        from export.bundle import Exported, export_bundle
+        from export.engines import check_engines, exportable
+        from export.observe import skeleton
+        from export.schedules import SCHEDULES, Schedule
+        from lamina.within_budget import export_within
         from models.registry import build
     except ImportError as error:
         raise UserError(f"exporting needs {error.name}", 'pip install "lamina[export]"') from error
@@ -109,43 +145,83 @@ def command(
 
     torch.manual_seed(seed)
     built = build(model, **builder_options)
-    extra = (
-        {} if schedule == "end_to_end" else {"blocks_per_stage": blocks_per_stage, "warm_start": warm_start}
-    )
-    exported = export_bundle(
-        built,
-        SCHEDULES[schedule](built.depths, each, **extra),
-        out,
-        texts=texts,
-        classes=classes if built.task == "classification" else (),
-        optimizer=AdamW(beta1, beta2, eps, weight_decay),
-        engines=names or None,
-        max_batch_size=max_batch_size,
-        runtimes=engines if check else None,
-        seed=seed,
-        force=force,
-    )
+
+    def write(stages: Schedule, folder: Path, *, force: bool, **planned: Sequence[int]) -> Exported:
+        return export_bundle(
+            built,
+            stages,
+            folder,
+            texts=texts,
+            classes=classes if built.task == "classification" else (),
+            optimizer=AdamW(beta1, beta2, eps, weight_decay),
+            engines=names or None,
+            max_batch_size=max_batch_size,
+            runtimes=engines if check else None,
+            seed=seed,
+            force=force,
+            **planned,
+        )
+
+    measured: Sequence[Mapping[str, int]] = ()
+    if memory_budget is None:
+        extra = {"blocks_per_stage": blocks_per_stage or 1, "warm_start": warm_start}
+        made = SCHEDULES[schedule](built.depths, each, **({} if schedule == "end_to_end" else extra))
+        sizes = [micro] * len(made.stages) if isinstance(micro, int) else micro
+        exported = write(made, out, force=force, micro_batch_sizes=sizes)
+    else:
+        within = export_within(
+            Budget(memory_budget, batch_size, check_engines(names or exportable())),
+            partial(
+                fit,
+                skeleton(built.builder, built.builder_options),
+                name=schedule,
+                rounds=each,
+                blocks_per_stage=blocks_per_stage,
+                warm_start=warm_start,
+            ),
+            write,
+            out,
+            force=force,
+        )
+        exported, measured = within.exported, within.measured
     manifest, counts = exported.manifest, parameter_counts(exported.manifest)
     stages = [sum(counts[group] for group in stage.trainable) for stage in manifest.stages]
-    sizes = {name: _size(manifest, name) for name in manifest.stages[0].engines}
+    graphs = {name: _size(manifest, name) for name in manifest.stages[0].engines}
     if as_json:
         parity = None
         if exported.parity:
             parity = {"loss": exported.parity.loss_error, "parameter": exported.parity.parameter_error}
         size = sum(ref.size_bytes for ref in manifest.files.values())
         result: dict[str, Any] = {"bundle": str(out), "schedule": schedule, "trained_parameters": stages}
-        result |= {"size_bytes": size, "engine_bytes": sizes, "relative_error": parity}
+        result |= {"size_bytes": size, "engine_bytes": graphs, "relative_error": parity}
+        if memory_budget is not None:
+            result["memory"] = [
+                {
+                    "micro_batch_size": stage.micro_batch_size,
+                    "expected_peak_bytes": stage.expected_peak_bytes,
+                    "measured_peak_bytes": peaks,
+                }
+                for stage, peaks in zip(manifest.stages, measured, strict=True)
+            ]
         click.echo(json.dumps(result))
         return
     for number, (stage, count) in enumerate(zip(manifest.stages, stages, strict=True), 1):
         click.echo(
             f"stage {number}: {count:,} parameters in {', '.join(stage.trainable)}; {stage.rounds} rounds"
         )
-    for engine, size in sizes.items():
+        if memory_budget is not None:
+            click.echo(f"stage {number}: {_memory(stage, measured[number - 1])}")
+    for engine, size in graphs.items():
         click.echo(f"a client with {engine} fetches {size / 1e3:,.0f} kB of graphs, all stages together")
     if exported.parity:
         click.echo(str(exported.parity))
     click.echo(f"bundle in {out}")
+
+
+def _memory(stage: Stage, measured: Mapping[str, int]) -> str:
+    found = ", ".join(f"{engine} {peak / 1e6:.0f} MB" for engine, peak in measured.items())
+    at_once = f"{stage.micro_batch_size} examples at once" if stage.micro_batch_size else "whole batches"
+    return f"{at_once}, {stage.expected_peak_bytes / 1e6:.0f} MB expected, measured: {found or 'nothing'}"
 
 
 def _size(manifest: Manifest, engine: str) -> int:
@@ -193,11 +269,13 @@ def _json(text: str) -> Any:
         return text  # a word needs no quotes
 
 
-def _rounds(text: str) -> int | list[int]:
+def _numbers(text: str, option: str, example: str) -> int | list[int]:
+    """One number, or one a stage. example: of the latter, whose first number is one of the former."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
+        first = example.partition(",")[0]
         raise UserError(
-            f"--rounds {text} is not a number", "write --rounds 10 or --rounds 10,10,20"
+            f"{option} {text} is not a number", f"write {option} {first} or {option} {example}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

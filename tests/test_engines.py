@@ -25,6 +25,8 @@ from wire.manifest import AdamW
 LEARNING_RATE = 1e-3
 STEPS = 10
 MAX_ERROR = 1e-3
+MICRO = 4
+MICRO_SIZES = (10, 6, 4, 9, 3, 8, 1, 5, 10, 2)  # whole and partial micro-batches, one or several
 
 HEADS = ("contrastive", "classification")
 NUM_STAGES = {"layerwise": 3, "progressive": 3, "end_to_end": 1}  # of the uneven encoders, 3 and 2 blocks
@@ -102,6 +104,94 @@ def test_it_follows_torch(case, engine, head, schedule, stage, threads):
         assert_follows(opened, batches, losses, after)
 
 
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    """Of each head a bundle of one stage that trains in micro-batches of `MICRO` examples."""
+    made = {}
+
+    def make(head):
+        if head not in made:
+            model, folder = (
+                small(head, image_blocks=1, text_blocks=1),
+                tmp_path_factory.mktemp("micro") / "b",
+            )
+            exported = bundle(model, folder, "end_to_end", engines=tuple(ENGINES), micro_batch_size=MICRO)
+            made[head] = Case(model, exported, folder, "end_to_end")
+        return made[head]
+
+    return make
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_micro_batches_follow_torch_on_whole_batches(micro, engine, head, threads):
+    one = micro(head)
+    generator, inputs = torch.Generator().manual_seed(0), one.cuts[0].train.inputs
+    batches = [example(inputs, size, input_limits(one.model), generator) for size in MICRO_SIZES]
+    losses, after = one.torch_steps(0, batches)
+    with one.open(engine, 0, threads) as opened:
+        opened.load(one.values)
+        assert_follows(opened, batches, losses, after)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_evaluation_in_micro_batches_is_the_loss_of_the_whole_batch(micro, engine, head):
+    one = micro(head)
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        for batch in one.batches(0, size=2 * MICRO + 1, last=1)[-2:]:
+            with torch.no_grad():
+                expected = one.cuts[0].train(*batch.values()).item()
+            for _ in range(2):
+                loss = opened.evaluate(arrays(batch))["loss"]
+                assert loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert all(np.array_equal(value, one.values[name]) for name, value in opened.parameters().items())
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loading_starts_micro_batches_anew_bit_by_bit(micro, engine, head):
+    one = micro(head)
+    batches = [arrays(batch) for batch in one.batches(0)]
+    with one.open(engine, 0) as opened:
+        runs = []
+        for _ in range(2):
+            opened.load(one.values)
+            losses = [opened.train_step(batch, LEARNING_RATE) for batch in batches]
+            runs.append((losses, opened.parameters()))
+    assert runs[0][0] == runs[1][0]
+    assert all(np.array_equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_of_exactly_zero_is_not_nan_in_micro_batches(micro, engine):
+    one = micro("contrastive")
+    values = one.values | {"head.log_scale": np.array([9.0], np.float32)}  # over its bound: no gradient
+    with one.open(engine, 0) as opened:
+        opened.load(values)
+        losses = [opened.train_step(arrays(one.batches(0)[0]), LEARNING_RATE) for _ in range(3)]
+        trained = opened.parameters()
+    decayed = (1 - LEARNING_RATE * one.manifest.optimizer.weight_decay) ** 3
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(trained["head.log_scale"], 9.0 * decayed, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_inputs_of_different_sizes_are_our_own_fault_in_micro_batches(micro, engine, head):
+    one = micro(head)
+    batch = arrays(one.batches(0)[0])
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        for wrong in (batch | {"image": batch["image"][:-1]}, {key: of[:0] for key, of in batch.items()}):
+            for call in (opened.evaluate, lambda wrong: opened.train_step(wrong, 0.1)):
+                with pytest.raises(LocalError, match="different sizes, or empty"):
+                    call(wrong)
+        assert all(np.array_equal(value, one.values[name]) for name, value in opened.parameters().items())
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a graph"])
 def test_a_graph_that_cannot_be_loaded_is_said_in_one_line(case, tmp_path, content):
     if content is not None:
@@ -152,6 +242,19 @@ def test_evaluation_is_the_loss_and_trains_nothing(case, engine, head):
         for _ in range(2):
             assert opened.evaluate(arrays(batch))["loss"] == pytest.approx(expected, rel=1e-4)
         assert all(np.array_equal(value, one.values[name]) for name, value in opened.parameters().items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_order_of_a_batchs_inputs_is_of_no_matter(case, engine):
+    """A client's batches begin with what it has in its feature cache."""
+    one = case("contrastive", "layerwise")
+    batch = arrays(one.batches(0)[0])
+    turned = dict(reversed(batch.items()))
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        before = opened.evaluate(batch)["loss"]
+        assert opened.evaluate(turned)["loss"] == before
+        assert opened.train_step(turned, LEARNING_RATE) == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -212,6 +212,23 @@ def test_three_modalities_and_several_blocks_a_stage(tmp_path):
     assert second.warm_start == {"left.block.2": "left.block.1", "text.block.2": "text.block.1"}
 
 
+def test_three_modalities_in_micro_batches_of_one_stage_only(tmp_path):
+    torch.manual_seed(0)
+    model = build("small_models:three", width=16, blocks=2)
+    done = export_bundle(
+        model,
+        layerwise(model.depths, 1),
+        tmp_path / "bundle",
+        texts=TEXTS,
+        engines=("onnx",),
+        micro_batch_sizes=(4, 0),
+        runtimes=engines,
+    )
+    assert done.parity.parameter_error < 1e-3
+    roles = [set(stage.engines["onnx"]) for stage in done.manifest.stages]
+    assert roles == [{"embed", "pairs", "gradients", "update"}, {"train", "eval"}]
+
+
 class Off:
     """The engines, with one number of one thing wrong."""
 

@@ -3,13 +3,16 @@
 Rules: everything here that needs the runtime imports it through `onnxruntime()`. The training package's
 import looks for its torch bridge, and with it loads torch and onnx wherever they happen to be installed:
 250 MB. Hiding `onnxruntime.training` during that import prevents it. A session's memory patterns are off:
-they keep a block of the size of a whole step beside what the first step has left behind.
+they keep a block of the size of a whole step beside what the first step has left behind. All sessions take
+their memory from one arena of the process: they run one after the other, and an arena keeps the most that
+it ever had, so with one each the passes of a step would hold their memory side by side.
 
 Next: `edge_client/engines/onnx.py` and `ort_training.py`; `edge_client/cache.py` runs segments.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,16 +52,28 @@ def onnxruntime() -> Any:
     return package
 
 
+@functools.cache
+def _register_arena() -> None:
+    """Once in a process: the runtime refuses a second."""
+    package = onnxruntime()
+    kind, use = package.OrtAllocatorType.ORT_ARENA_ALLOCATOR, package.OrtMemType.DEFAULT
+    place = package.OrtMemoryInfo("Cpu", kind, 0, use)
+    package.create_and_register_allocator(place, package.OrtArenaCfg({}))
+
+
 def session_options(threads: int, *, arena: bool = True) -> Any:
     """Options for a small device: `threads` within an operator, one operator at a time.
 
-    arena: take memory in blocks that are used again, until the session is closed.
+    arena: take memory from the process's arena, whose blocks are used again by whatever runs next.
     """
     package = onnxruntime()
     options = package.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = arena
+    if arena:
+        _register_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors
@@ -74,6 +89,16 @@ def open_session(path: Path, threads: int) -> Any:
     except Exception as error:  # the runtime's errors share no class below this one
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be loaded: {reason}", "write or fetch it once more") from error
+
+
+def infer(session: Any, inputs: Inputs, parameters: Mapping[str, Array]) -> dict[str, Array]:
+    """All outputs of a session by name. Inputs and parameters, by the graph's own names, are all that it
+    needs, or more.
+    """
+    names = [value.name for value in session.get_inputs()]
+    feeds = {name: inputs[name] if name in inputs else parameters[name] for name in names}
+    outputs = [value.name for value in session.get_outputs()]
+    return dict(zip(outputs, session.run(outputs, feeds), strict=True))
 
 
 def graph_file(graph: Graph) -> str:

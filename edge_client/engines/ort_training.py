@@ -4,19 +4,24 @@ Rules: the checkpoint holds names only, so every value comes through `load`, in 
 `Stage.parameters` in one flat buffer. `load` starts anew: sessions, gradients and AdamW's moments. The
 bindings keep nothing alive: a value borrows numpy's memory, a module points into its checkpoint.
 
+A step in micro-batches adds up gradients where the module keeps them: they are reset once a step. The
+passes over embeddings are graphs that only infer, on a copy of the parameters.
+
 https://onnxruntime.ai/docs/api/python/on_device_training/training_artifacts.html
-Next: `export/ort_training.py`, which makes the files.
+Next: `export/ort_training.py`, which makes the files; `edge_client/engines/micro_batches.py`, the order of
+the passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from edge_client.engines import onnx_runtime
+from edge_client.engines import micro_batches, onnx_runtime
+from edge_client.engines.micro_batches import Batch
 from wire.errors import LocalError, UserError
 from wire.manifest import Manifest
 from wire.tensors import Array, Arrays
@@ -34,10 +39,13 @@ class OrtTraining:
     def __init__(self, file: Any, manifest: Manifest, stage: int, threads: int) -> None:
         entry = manifest.stages[stage]
         self._files = {role: str(file(name)) for role, name in entry.engines[_NAME].items()}
-        self._names = list(entry.parameters.values())
-        self._shapes = [manifest.parameters[name].shape for name in self._names]
+        self._names = dict(entry.parameters)
+        self._shapes = [manifest.parameters[name].shape for name in self._names.values()]
         self._inputs = entry.inputs
+        self._task, self._size = manifest.task, entry.micro_batch_size
         self._threads = threads
+        self._sessions: dict[str, Any] = {}  # of graphs that only infer, by role
+        self._copied: Arrays = {}  # graph name -> value, as far as they need it
         self._state: Any = None
         self._module: Any = None
         self._optimizer: Any = None
@@ -58,54 +66,92 @@ class OrtTraining:
         device = _cpu(bindings)
         options = onnx_runtime.session_options(self._threads, arena=False)
         self._state = state = bindings.load_checkpoint(self._files["checkpoint"])
-        self._module = module = bindings.Module(
-            self._files["train"], state, self._files["eval"], device, options
-        )
+        train = self._files["gradients" if self._size else "train"]
+        self._module = module = bindings.Module(train, state, self._files.get("eval"), device, options)
         flat = np.concatenate(
-            [np.asarray(parameters[name], np.float32).reshape(-1) for name in self._names]
+            [np.asarray(parameters[name], np.float32).reshape(-1) for name in self._names.values()]
         )
         if flat.size != module.get_parameters_size(_ALL):
             raise LocalError(f"{flat.size} values for {module.get_parameters_size(_ALL)}")
         module.copy_buffer_to_parameters(bindings.OrtValue.ortvalue_from_numpy(flat, device), _ALL)
         self._optimizer = bindings.Optimizer(self._files["optimizer"], state, device, options)
+        self._sessions = {
+            role: onnx_runtime.open_session(Path(self._files[role]), self._threads)
+            for role in ("embed", "pairs")
+            if role in self._files
+        }
 
-    def train_step(self, batch: Mapping[str, npt.NDArray[Any]], learning_rate: float) -> float:
+    def train_step(self, batch: Batch, learning_rate: float) -> float:
         """As in `Engine`."""
-        module = self._loaded()
-        fetches = _bindings().OrtValueVector()
+        module, fed = self._loaded(), self._fed(batch)
         self._optimizer.set_learning_rate(learning_rate)
-        arrays, feeds = self._feeds(batch, training=True)
-        module.train_step_with_ort_values(feeds, fetches)
-        del arrays
+        if self._size:
+            self._copy()
+            loss = micro_batches.whole_gradients(self, fed, self._size, self._task)
+        else:
+            loss = self.gradients(fed)
         self._optimizer.optimizer_step()
         module.lazy_reset_grad()
-        return float(fetches[0].numpy())
+        return loss
 
-    def evaluate(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
+    def evaluate(self, batch: Batch) -> dict[str, float]:
         """As in `Engine`."""
-        module = self._loaded()
-        fetches = _bindings().OrtValueVector()
-        arrays, feeds = self._feeds(batch, training=False)
-        module.eval_step_with_ort_values(feeds, fetches)
-        del arrays
-        return {"loss": float(fetches[0].numpy())}
+        self._loaded()
+        fed = self._fed(batch)
+        if not self._size:
+            return {"loss": self.part_of_loss(fed)}
+        self._copy()
+        return {"loss": micro_batches.whole_loss(self, fed, self._size, self._task)}
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""
-        bindings, module = _bindings(), self._loaded()
+        self._loaded()
+        return dict(zip(self._names.values(), self._values(), strict=True))
+
+    def embed(self, batch: Batch) -> Arrays:
+        """As in `micro_batches.Passes`."""
+        return onnx_runtime.infer(self._sessions["embed"], batch, self._copied)
+
+    def pairs(self, embeddings: Arrays) -> tuple[float, Arrays]:
+        """As in `micro_batches.Passes`."""
+        given = onnx_runtime.infer(self._sessions["pairs"], embeddings, self._copied)
+        return float(given.pop("loss")), given
+
+    def gradients(self, batch: Batch) -> float:
+        """As in `micro_batches.Passes`."""
+        fetches = _bindings().OrtValueVector()
+        arrays, feeds = self._feeds(batch, training=True)
+        self._module.train_step_with_ort_values(feeds, fetches)
+        del arrays
+        return float(fetches[0].numpy())
+
+    def part_of_loss(self, batch: Batch) -> float:
+        """As in `micro_batches.Passes`."""
+        fetches = _bindings().OrtValueVector()
+        arrays, feeds = self._feeds(batch, training=False)
+        self._module.eval_step_with_ort_values(feeds, fetches)
+        del arrays
+        return float(fetches[0].numpy())
+
+    def _copy(self) -> None:
+        """Bring the copy of the parameters up to date, where there are graphs that need it."""
+        if self._sessions:
+            self._copied = dict(zip(self._names, self._values(), strict=True))
+
+    def _values(self) -> list[Array]:
+        """Copies of the parameters, in order."""
+        bindings, module = _bindings(), self._module
         flat = np.empty(module.get_parameters_size(_ALL), np.float32)
         module.copy_parameters_to_buffer(bindings.OrtValue.ortvalue_from_numpy(flat, _cpu(bindings)), _ALL)
-        arrays, first = {}, 0
-        for name, shape in zip(self._names, self._shapes, strict=True):
-            end = first + int(np.prod(shape, dtype=np.int64))
-            arrays[name] = flat[first:end].reshape(shape)
-            first = end
-        return arrays
+        ends = np.cumsum([int(np.prod(shape, dtype=np.int64)) for shape in self._shapes])
+        parts = np.split(flat, ends[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def close(self) -> None:
         """As in `Engine`."""
         self._optimizer = self._module = None
         self._state = None  # last: the other two point into it
+        self._sessions, self._copied = {}, {}
 
     def __enter__(self) -> OrtTraining:
         return self
@@ -118,11 +164,14 @@ class OrtTraining:
             raise LocalError("an engine was used before it was loaded")
         return self._module
 
-    def _feeds(self, batch: Mapping[str, npt.NDArray[Any]], *, training: bool) -> tuple[list[Any], Any]:
+    def _fed(self, batch: Batch) -> Batch:
+        return {name: np.ascontiguousarray(batch[name], spec.dtype) for name, spec in self._inputs.items()}
+
+    def _feeds(self, batch: Batch, *, training: bool) -> tuple[list[Any], Any]:
         """The batch in the graph's order: arrays, which have to outlive the step, and values on them."""
         bindings = _bindings()
         names = self._loaded().input_names(training)
-        arrays = [np.ascontiguousarray(batch[name], self._inputs[name].dtype) for name in names]
+        arrays = [batch[name] for name in names]
         feeds = bindings.OrtValueVector()
         for array in arrays:
             feeds.push_back(bindings.OrtValue.ortvalue_from_numpy(array, _cpu(bindings)))

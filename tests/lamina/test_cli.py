@@ -153,6 +153,7 @@ def test_the_version(folder):
 
 CLIENT = ("client", "--broker", "BROKER", "--data", "examples", "--dir", "state")
 AGGREGATOR = ("aggregator", "--broker", "BROKER", "--bundle", "bundles/small", "--dir", "state")
+ROWS = ("--model", "tiny", "--data", "captions", "--column", "text=caption", "--out", "out")
 MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     # The command and its options.
     (("clinet",), ("there is no command 'clinet'", "did you mean client?")),
@@ -197,6 +198,23 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "--data", "examples"), ("examples has no clients/<name>/", "lamina data prepare")),
     (("run", "--data", "no"), ("no has no clients/<name>/",)),
     (("export", "--data", "empty", "--out", "out"), ("empty holds neither",)),
+    (("export", "--memory-budget", "200"), ("'200' is not an amount of memory", "write 200MB")),
+    (("run", "--memory-budget", "much"), ("'much' is not an amount of memory",)),
+    (
+        ("export", "--memory-budget", "1GB", "--micro-batch-size", "8"),
+        ("--memory-budget chooses --micro-batch-size",),
+    ),
+    (
+        ("export", "--memory-budget", "1GB", "--batch-size", "65"),
+        ("--batch-size 65 is over --max-batch-size 64",),
+    ),
+    (("plan", "nowhere"), ("nowhere holds no bundle", "lamina export")),
+    (("plan",), ("BUNDLE",)),
+    (("plan", "bundles/small", "--batch-size", "0"), ("--batch-size", "0")),
+    (
+        ("plan", "bundles/small", "--engine", "executorch"),
+        ("no files for the engine executorch", "choose onnx"),
+    ),
     # Bundles and models.
     (("aggregator", "--broker", "BROKER"), ("bundle holds no bundle", "lamina export")),
     ((*AGGREGATOR, "--bundle", "nowhere"), ("nowhere holds no bundle",)),
@@ -204,6 +222,10 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("evaluate", "nowhere", "--data", "examples"), ("nowhere holds no trained model",)),
     (("evaluate", "examples", "--data", "examples"), ("examples holds no trained model",)),
     (("export", "--model", "tinny", "--data", "captions"), ("no model 'tinny'", "did you mean tiny?")),
+    (("export", "--micro-batch-size", "some"), ("some is not a number", "--micro-batch-size 8,16,16")),
+    (("export", "--micro-batch-size", "8,8", *ROWS), ("2 sizes of micro-batches for 4 stages",)),
+    (("export", "--micro-batch-size", "65", *ROWS), ("micro-batches of 65, 65, 65, 65", "has 64")),
+    (("export", "--micro-batch-size", "-1", *ROWS), ("micro-batches of -1, -1", "from 0")),
     # Settings of a run.
     ((*AGGREGATOR, "--fraction-train", "2"), ("fraction_train is 2.0", "at most 1")),
     ((*AGGREGATOR, "--rounds", "-1"), ("rounds is -1", "0 or more")),

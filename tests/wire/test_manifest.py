@@ -345,6 +345,66 @@ def test_an_engine_without_a_file_of_each_role_is_refused(change: Callable[[dict
         decode_json(whole)
 
 
+MICRO_ROLES = {
+    "contrastive": {
+        "onnx": ("embed", "pairs", "gradients", "update"),
+        "ort-training": ("embed", "pairs", "gradients", "optimizer", "checkpoint"),
+    },
+    "classification": {
+        "onnx": ("gradients", "update", "eval"),
+        "ort-training": ("gradients", "eval", "optimizer", "checkpoint"),
+    },
+}
+
+
+def in_micro_batches(task: str, size: int, roles_of: str) -> dict[str, Any]:
+    """A manifest of `task` whose first stage has the files of a stage in micro-batches for `roles_of`."""
+    whole = document(task=task)
+    whole["stages"][0]["micro_batch_size"] = size
+    whole["stages"][1]["engines"]["ort-training"] = dict.fromkeys(
+        ("train", "eval", "optimizer", "checkpoint"), "words.model"
+    )
+    whole["stages"][0]["engines"] = {
+        engine: dict.fromkeys(roles, "words.model") for engine, roles in MICRO_ROLES[roles_of].items()
+    }
+    return whole
+
+
+@pytest.mark.parametrize("task", MICRO_ROLES)
+def test_a_stage_in_micro_batches_has_other_files(task: str):
+    stages = decode_json(in_micro_batches(task, 64, task)).stages
+    assert [stage.micro_batch_size for stage in stages] == [64, 0]
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "roles_of"),
+    [
+        ("contrastive", 0, "contrastive"),
+        ("contrastive", 8, "classification"),
+        ("classification", 0, "classification"),
+        ("classification", 8, "contrastive"),
+    ],
+)
+def test_files_of_another_kind_of_step_are_refused(task: str, size: int, roles_of: str):
+    with pytest.raises(Malformed, match="a stage has not the files of an engine"):
+        decode_json(in_micro_batches(task, size, roles_of))
+
+
+def test_micro_batches_need_files_of_their_own():
+    whole = document()
+    whole["stages"][0]["micro_batch_size"] = 8
+    with pytest.raises(Malformed, match="a stage has not the files of an engine 'onnx'"):
+        decode_json(whole)
+
+
+@pytest.mark.parametrize("size", [65, -1, 1.5, "8"])
+def test_a_micro_batch_that_cannot_be_is_refused(size: object):
+    whole = in_micro_batches("contrastive", 8, "contrastive")
+    whole["stages"][0]["micro_batch_size"] = size
+    with pytest.raises(Malformed):
+        decode_json(whole)
+
+
 def test_an_engine_of_a_later_version_is_let_be():
     whole = document()
     for stage in whole["stages"]:
