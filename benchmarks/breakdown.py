@@ -30,12 +30,12 @@ STEPS = (
     "after a step",
     "after four steps",
 )
+LAMINA = (
+    "import edge_client.session; from edge_client.engines import ENGINES, choose; choose({!r}, ENGINES)"
+)
 RUNTIMES = {
-    "onnx": "import edge_client.session; from edge_client.engines import ENGINES, choose; choose('onnx', ENGINES)",
-    "executorch": (
-        "import edge_client.session; from edge_client.engines import ENGINES, choose; "
-        "choose('executorch', ENGINES)"
-    ),
+    "onnx": LAMINA.format("onnx"),
+    "executorch": LAMINA.format("executorch"),
     "flower": "import numpy, torch; from flwr.clientapp import ClientApp",
 }
 RESIDENT = "print(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])"
@@ -59,7 +59,10 @@ def measure_breakdown(scale: Scale, schedule: str, data: Path, out: Path) -> dic
         "threads": scale.threads,
     }
     steps = {}
-    for name in ("data set opened", *STEPS):  # once to fill the cache of inputs, as any later start finds it
+    for name in (
+        "data set opened",
+        *STEPS,
+    ):  # once to fill the cache of inputs, as any later start finds it
         steps[name] = json.loads(run_python(__file__, json.dumps(work | {"until": name})))
     return {"steps": {name: steps[name] for name in STEPS}, "peak_mb": steps[STEPS[-1]]["peak_mb"]}
 
@@ -149,7 +152,9 @@ def _step(kept: dict[str, Any], work: dict[str, Any], *, count: int) -> None:
     generator, dataset = np.random.default_rng(SEED), kept["dataset"]
     specs, size = kept["manifest"].stages[work["stage"]].inputs, min(work["batch_size"], len(dataset))
     raw = {
-        name: spec for modality in dict(kept["manifest"].modalities).values() for name, spec in modality.inputs.items()
+        name: spec
+        for modality in dict(kept["manifest"].modalities).values()
+        for name, spec in modality.inputs.items()
     }
     read = {name for name, spec in specs.items() if raw.get(name) == spec}
     for _ in range(count):

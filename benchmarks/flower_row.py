@@ -105,7 +105,8 @@ def measure_flower(scale: Scale, data: Path, out: Path) -> dict[str, Any]:
         "bytes_up": sum(used[client]["up"] for client in clients) / len(clients),
         "bytes_down": sum(used[client]["down"] for client in clients) / len(clients),
         "cpu_s": sum(used[client]["cpu_s"] for client in clients) / len(clients),
-        "app_cpu_s": app_seconds(notes) / len(clients),
+        "train_cpu_s": sum(note["cpu_s"] for note in notes) / len(clients),
+        "train_s": sum(note["seconds"] for note in notes) / len(clients),
         "flops": client_flops(scale, "end_to_end", examples / len(clients), cached=True),
         "recall": metrics.get("recall@10"),
         "chance": metrics.get("chance@10"),
@@ -115,7 +116,7 @@ def measure_flower(scale: Scale, data: Path, out: Path) -> dict[str, Any]:
 
 
 def conduct(programs: Path, folder: Path, clients: list[str]) -> dict[str, dict[str, float]]:
-    """Run all processes until the ServerApp has written its result. client -> up, down, cpu_s, beside_mb."""
+    """Run all processes until the ServerApp has written its result. client -> what it has used."""
     port = free_port()
     (folder / "home" / "config.toml").write_text(CONFIG.format(port=port), encoding="utf-8")
     with contextlib.ExitStack() as stack:
@@ -206,14 +207,6 @@ def of_session(session: int) -> tuple[float, float]:
     return seconds, beside_mb
 
 
-def app_seconds(notes: list[dict[str, Any]]) -> float:
-    """Processor seconds of the ClientApp processes, each counted at its last note."""
-    last: dict[int, float] = {}
-    for note in notes:
-        last[note["process"]] = max(last.get(note["process"], 0.0), note["process_cpu_s"])
-    return sum(last.values())
-
-
 def evaluated(bundle: Path, folder: Path, data: Path) -> dict[str, float]:
     """`lamina evaluate` of what Flower has trained."""
     from safetensors.numpy import load_file
@@ -228,6 +221,8 @@ def evaluated(bundle: Path, folder: Path, data: Path) -> dict[str, float]:
 
 def versions(programs: Path) -> dict[str, str]:
     """Of the packages that matter, in Flower's environment."""
-    code = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('flwr', 'torch')}))"
-    found: dict[str, str] = json.loads(run_python("-c", code, python=str(programs / "python")))
+    code = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    found: dict[str, str] = json.loads(
+        run_python("-c", code, "flwr", "torch", python=str(programs / "python"))
+    )
     return found

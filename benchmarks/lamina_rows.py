@@ -1,4 +1,4 @@
-"""The benchmark's rows of Lamina: each a plain `lamina run` in processes of its own, and what its books say.
+"""The benchmark's rows of Lamina: each a plain `lamina run` in its own processes, and what its books say.
 
 Rules: nothing is measured here that a person could not read after a run of theirs: bytes are counted at the
 MQTT socket, memory is the client's high-water mark, both as clients have told the aggregator. A round lasts
@@ -22,7 +22,7 @@ from flops import client_flops
 from scale import SEED, Scale, run_python
 
 INT8 = ("--compression", "int8")
-LEAN = (*INT8, "--micro-batch-size", "8")
+LEAN = (*INT8, "--prefix-compression", "float16", "--micro-batch-size", "8")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ ROWS = {
     ),
     "cached": Row("layer-wise, feature cache", "layerwise"),
     "int8": Row("layer-wise, cache, int8 updates", "layerwise", INT8),
-    "lean": Row("layer-wise, cache, int8, micro-batches of 8", "layerwise", LEAN),
+    "lean": Row("layer-wise, all of it: cache, int8, micro-batches of 8", "layerwise", LEAN),
     "lean-executorch": Row("the same on ExecuTorch", "layerwise", LEAN, engine="executorch"),
 }
 
@@ -112,7 +112,8 @@ def from_books(path: Path) -> dict[str, Any]:
         rounds[row["round"]] = max(rounds.get(row["round"], 0.0), row["seconds"])
     round_s = [[rounds[number] for number in sorted(rounds)] for _, rounds in sorted(slowest.items())]
     peaks = [
-        max(row["peak_rss_bytes"] for row in usage if row["stage"] <= stage) / 1e6 for stage in sorted(slowest)
+        max(row["peak_rss_bytes"] for row in usage if row["stage"] <= stage) / 1e6
+        for stage in sorted(slowest)
     ]
     cpu = [row["cpu_s"] for row in usage if row.get("cpu_s")]
     return {

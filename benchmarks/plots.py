@@ -18,7 +18,7 @@ except ImportError:
     raise SystemExit('the report needs matplotlib: pip install "lamina[plot]"') from None
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 Result = dict[str, Any]
 GREY, BLUE, ORANGE, GREEN = "#b0b6bf", "#2f6db3", "#e08a1e", "#3b9a5f"
@@ -55,7 +55,9 @@ def draw_rows(rows: dict[str, Result], path: Path, model: str) -> None:
         if cpu
         else ("run, s", (("", BLUE, lambda row: row["wall_s"]),)),
     )
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 1.8 + 0.75 * len(rows)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(11, 1.8 + 0.75 * len(rows)), sharey=True, layout="constrained"
+    )
     names = list(rows)
     for axis, (title, parts) in zip(axes.flat, panels, strict=True):
         left = [0.0] * len(names)
@@ -64,11 +66,19 @@ def draw_rows(rows: dict[str, Result], path: Path, model: str) -> None:
             axis.barh(names, widths, left=left, color=colour, label=label)
             left = [before + width for before, width in zip(left, widths, strict=True)]
         for place, total in enumerate(left):
-            axis.text(total, place, f" {total:,.3g}" if total < 1000 else f" {total:,.0f}", va="center", fontsize=8)
+            axis.text(
+                total,
+                place,
+                f" {total:,.3g}" if total < 1000 else f" {total:,.0f}",
+                va="center",
+                fontsize=8,
+            )
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlim(0, 1.18 * max(left))
         if len(parts) > 1:
-            axis.legend(fontsize=8, frameon=False, ncols=len(parts), loc="upper left", bbox_to_anchor=(0, -0.08))
+            axis.legend(
+                fontsize=8, frameon=False, ncols=len(parts), loc="upper left", bbox_to_anchor=(0, -0.08)
+            )
         _plain(axis)
     axes[0, 0].invert_yaxis()
     figure.suptitle(f"{model}: one client, the whole run", fontsize=11)
@@ -84,7 +94,9 @@ def draw_rounds(rows: dict[str, Result], path: Path, model: str) -> None:
         later = [statistics.median(seconds[1:] or seconds) for seconds in stages]
         axis.plot(places, later, "o-", color=colour, label=f"{name}: median of a stage's later rounds")
         first = [seconds[0] for seconds in stages]
-        axis.plot(places, first, "o", color=colour, fillstyle="none", label=f"{name}: a stage's first round")
+        axis.plot(
+            places, first, "o", color=colour, fillstyle="none", label=f"{name}: a stage's first round"
+        )
     axis.set_xticks(list(places))
     axis.set_xlabel("stage (blocks of each encoder attached)")
     axis.set_ylabel("seconds of a round, slowest client")
@@ -101,7 +113,11 @@ def draw_curves(curves: dict[str, Result], path: Path, model: str) -> None:
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
     exact = curves.get("float32 cache")
-    styles = {"float32 cache": (GREY, "-", 4.0), "float16 cache": (BLUE, "-", 1.6), "recomputed": (ORANGE, "--", 1.6)}
+    styles = {
+        "float32 cache": (GREY, "-", 4.0),
+        "float16 cache": (BLUE, "-", 1.6),
+        "recomputed": (ORANGE, "--", 1.6),
+    }
     for name, one in curves.items():
         colour, line, width = styles[name]
         rounds = range(1, len(one["losses"]) + 1)
@@ -139,7 +155,15 @@ def draw_breakdown(results: dict[str, Result], path: Path, model: str) -> None:
         resident = [one["resident_mb"] for one in steps.values()]
         peak = [one["peak_mb"] for one in steps.values()]
         axis.barh(list(steps), resident, color=BLUE, label="resident")
-        axis.plot(peak, range(len(steps)), "|", color=ORANGE, markersize=14, markeredgewidth=2.5, label="peak so far")
+        axis.plot(
+            peak,
+            range(len(steps)),
+            "|",
+            color=ORANGE,
+            markersize=14,
+            markeredgewidth=2.5,
+            label="peak so far",
+        )
         for place, (now, most) in enumerate(zip(resident, peak, strict=True)):
             text = f"  {now:,.0f}" if round(now) == round(most) else f"  {now:,.0f}, peak {most:,.0f}"
             axis.text(max(now, most), place, text, va="center", fontsize=8)

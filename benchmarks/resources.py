@@ -1,4 +1,4 @@
-"""What a client needs, measured in one run on one machine: memory, computing, bytes, time, and what for.
+"""What a client needs, measured in one run on one machine: memory, computing, bytes and time.
 
 Rules: every figure comes from processes started for it. What is measured already is kept (`--again` measures
 anew), so the command can be stopped and started at any time. Rows run one after the other, never together.

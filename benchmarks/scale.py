@@ -89,7 +89,9 @@ def prepared(scale: Scale, data: Path | None, out: Path) -> Path:
         run_python("-m", "lamina", "data", "prepare", "emoji", "--clients", "4", "--out", str(data))
     names = sorted(path.name for path in (data / "clients").iterdir() if path.is_dir())
     if len(names) < scale.clients:
-        raise RuntimeError(f"{data} has {len(names)} clients, {scale.model} is measured with {scale.clients}")
+        raise RuntimeError(
+            f"{data} has {len(names)} clients, {scale.model} is measured with {scale.clients}"
+        )
     if len(names) == scale.clients and scale.examples is None and scale.held_out is None:
         return data
     names = names[: scale.clients]

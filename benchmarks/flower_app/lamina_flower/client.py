@@ -10,8 +10,6 @@ Next: `lamina_flower/server.py`.
 from __future__ import annotations
 
 import json
-import os
-import resource
 import time
 import zlib
 from pathlib import Path
@@ -20,10 +18,10 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from lamina_flower.work import Work
 
 from edge_client.device import peak_rss_bytes
 from inputs.dataset import Dataset
+from lamina_flower.work import Work
 
 app = ClientApp()
 
@@ -31,7 +29,7 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
-    begin = time.monotonic()
+    begin, cpu_begin = time.monotonic(), time.process_time()
     work, client = Work.read(str(context.run_config["work"])), str(context.node_config["client"])
     number = int(message.content["config"]["server-round"]) - 1
     torch.set_num_threads(work.threads)
@@ -72,18 +70,16 @@ def train(message: Message, context: Context) -> Message:
             "metrics": MetricRecord({"train_loss": loss, "num-examples": len(dataset)}),
         }
     )
-    _note(work, client, number, time.monotonic() - begin)
+    _note(work, client, number, time.monotonic() - begin, time.process_time() - cpu_begin)
     return Message(content=reply, reply_to=message)
 
 
-def _note(work: Work, client: str, number: int, seconds: float) -> None:
-    used = resource.getrusage(resource.RUSAGE_SELF)
+def _note(work: Work, client: str, number: int, seconds: float, cpu_s: float) -> None:
     usage = {
         "client": client,
         "round": number,
-        "process": os.getpid(),
         "peak_rss_bytes": peak_rss_bytes(),
-        "process_cpu_s": used.ru_utime + used.ru_stime,
+        "cpu_s": cpu_s,
         "seconds": seconds,
     }
     path = Path(work.out) / "usage" / f"{client}.{number}.json"

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from lamina_flower.work import Work
 from safetensors.torch import load_file, save_file
+
+from lamina_flower.work import Work
 
 app = ServerApp()
 
@@ -47,5 +49,5 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(work.out)
     save_file(dict(result.arrays.to_torch_state_dict()), out / "final.safetensors")
     losses = [float(metrics["train_loss"]) for _, metrics in sorted(result.train_metrics_clientapp.items())]
-    times = [after - before for before, after in zip(instants, instants[1:], strict=False)]
+    times = [after - before for before, after in pairwise(instants)]
     (out / "server.json").write_text(json.dumps({"seconds": times, "losses": losses}), encoding="utf-8")
