@@ -1,7 +1,7 @@
 """What a client needs, measured in one run on one machine: memory, computing, bytes and time.
 
-Rules: every figure comes from processes started for it. What is measured already is kept (`--again` measures
-anew), so the command can be stopped and started at any time. Rows run one after the other, never together.
+Rules: every figure comes from processes started for it, one measurement after the other. What is measured
+already is kept (`--again` measures anew), so the command can be stopped and started at any time.
 
     python benchmarks/resources.py --model tiny --out resources
     python benchmarks/resources.py --model vit-tiny --out resources
@@ -24,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 from breakdown import bare, measure_breakdown  # noqa: E402
 from flower_row import environment, measure_flower  # noqa: E402
 from lamina_rows import ROWS, Row, measure_row  # noqa: E402
-from report import FLOWER, write_report  # noqa: E402
+from report import write_report  # noqa: E402
 from results import Results  # noqa: E402
 from scale import SCALES, Scale, prepared  # noqa: E402
+from tables import FLOWER  # noqa: E402
 
 PARTS = {
     "tiny": ("rows", "seeds", "curves"),
