@@ -1,51 +1,35 @@
-"""Floating point operations of a client, counted by torch over the cuts that are trained.
+"""Floating point operations of a client over a whole run, from `lamina plan`'s count of the same stages.
 
-Rules: the counter sees every matrix product and convolution of a step, forward and backward, on shapes
-alone (the meta device): nothing is computed. Optimizer and norms are not counted. What a client does is
-examples x epochs x rounds of a stage's step, and the prefix: of every step, or once when a stage begins.
+Rules: what a client does is examples x epochs x rounds of each stage's train step, and the frozen prefix:
+with every step, or its newest segment once when a stage begins. Micro-batches of a contrastive model
+compute the embeddings twice.
 
-Next: `export/stage.py`, which makes the cuts.
+Next: `export/costs.py`, which counts.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from scale import Scale
 
 
 def client_flops(
-    scale: Scale, schedule: str, examples: float, *, cached: bool, seed: int = 0
+    scale: Scale, schedule: str, examples: float, *, cached: bool, micro_batch_size: int = 0
 ) -> dict[str, float]:
-    """train, prefix (with every step), cache (once a stage), total: of one client over a whole run.
+    """train, prefix (with every step), cache (once a stage), total: of one client.
 
-    examples: of a client, perhaps a mean.
+    examples: of a client, perhaps a mean. micro_batch_size: 0 for none.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
+    from export.costs import Setting, schedule_cost
+    from export.observe import skeleton
     from export.schedules import SCHEDULES
-    from export.stage import cut_stages, example
 
-    rounds = scale.rounds * (scale.num_stages if schedule == "end_to_end" else 1)
-    model = scale.build()
-    plan = SCHEDULES[schedule](model.depths, rounds)
-    cuts = cut_stages(model.to("meta"), plan.stages)
-    limits = dict.fromkeys((name for cut in cuts for name in cut.train.inputs), 2)
-
-    def count(cut: Any, *, backward: bool) -> float:
-        inputs = example(cut.inputs, scale.batch_size, limits, torch.Generator().manual_seed(seed))
-        counter = FlopCounterMode(display=False)
-        with counter, torch.set_grad_enabled(backward):
-            loss = cut(*(value.to("meta") for value in inputs.values()))
-            if backward:
-                loss.backward()
-        return counter.get_total_flops() / scale.batch_size
-
-    passes = rounds * scale.local_epochs * examples
-    segments = [sum(count(one, backward=False) for one in cut.segments.values()) for cut in cuts]
-    train = sum(count(cut.train, backward=True) for cut in cuts) * passes
-    prefixes = [sum(segments[:stage]) for stage in range(len(cuts))]
-    prefix = 0.0 if cached else sum(prefixes) * passes
-    cache = sum(segments) * examples if cached else 0.0
+    model = skeleton(scale.model, scale.model_options())
+    plan = SCHEDULES[schedule](model.depths, scale.rounds_of(schedule))
+    setting = Setting("onnx", scale.batch_size, scale.local_epochs)
+    stages = schedule_cost(model, plan, setting, [micro_batch_size] * len(plan.stages)).stages
+    passes = [stage.rounds * scale.local_epochs * examples for stage in stages]
+    train = sum(stage.train_flops * times for stage, times in zip(stages, passes, strict=True))
+    prefix = sum(stage.prefix_flops * times for stage, times in zip(stages, passes, strict=True))
+    cache = sum(stage.segment_flops * examples for stage in stages)
+    prefix, cache = (0.0, cache) if cached else (prefix, 0.0)
     return {"train": train, "prefix": prefix, "cache": cache, "total": train + prefix + cache}

@@ -71,7 +71,7 @@ def measure_flower(scale: Scale, data: Path, out: Path) -> dict[str, Any]:
         learning_rate=scale.learning_rate,
         seed=SEED,
     )
-    rounds = scale.rounds * scale.num_stages
+    rounds = scale.rounds_of("end_to_end")
     plans = [plan.train_plan(RoundKey(0, number), rounds) for number in range(rounds)]
     work = {
         "bundle": str(bundle.resolve()),

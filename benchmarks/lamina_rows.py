@@ -22,18 +22,27 @@ from flops import client_flops
 from scale import SEED, Scale, run_python
 
 INT8 = ("--compression", "int8")
-LEAN = (*INT8, "--prefix-compression", "float16", "--micro-batch-size", "8")
+LEAN = (*INT8, "--prefix-compression", "float16")
 
 
 @dataclass(frozen=True)
 class Row:
-    """options: of `lamina run`, beside the scale's. cached: whether the prefix runs once a stage."""
+    """options: of `lamina run`, beside the scale's. micro_batch_size: 0 for none.
+
+    cached: whether the prefix runs once a stage.
+    """
 
     title: str
     schedule: str
     options: tuple[str, ...] = ()
     engine: str = "onnx"
     cached: bool = True
+    micro_batch_size: int = 0
+
+    def arguments(self) -> list[str]:
+        """What sets it apart, for `lamina run`."""
+        micro = ("--micro-batch-size", str(self.micro_batch_size)) if self.micro_batch_size else ()
+        return [*self.options, *micro]
 
 
 ROWS = {
@@ -47,8 +56,10 @@ ROWS = {
     ),
     "cached": Row("layer-wise, feature cache", "layerwise"),
     "int8": Row("layer-wise, cache, int8 updates", "layerwise", INT8),
-    "lean": Row("layer-wise, all of it: cache, int8, micro-batches of 8", "layerwise", LEAN),
-    "lean-executorch": Row("the same on ExecuTorch", "layerwise", LEAN, engine="executorch"),
+    "lean": Row(
+        "layer-wise, all of it: cache, int8, micro-batches of 8", "layerwise", LEAN, micro_batch_size=8
+    ),
+    "lean-executorch": Row("the same on ExecuTorch", "layerwise", LEAN, "executorch", micro_batch_size=8),
 }
 
 
@@ -56,7 +67,7 @@ def measure_row(
     row: Row, scale: Scale, data: Path, out: Path, name: str, extra: Sequence[str] = (), seed: int = SEED
 ) -> dict[str, Any]:
     """A run of this row. extra: more options. Raises RuntimeError with what `lamina run` said."""
-    options = [*row.options, *extra]
+    options = [*row.arguments(), *extra]
     known = run_python("-m", "lamina", "run", "--help")
     missing = [word for word in options if word.startswith("--") and word not in known]
     if missing:
@@ -64,8 +75,8 @@ def measure_row(
     folder = out / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rounds = scale.rounds * (scale.num_stages if row.schedule == "end_to_end" else 1)
-    arguments = ["--model", scale.model, "--schedule", row.schedule, "--rounds", str(rounds)]
+    arguments = ["--model", scale.model, "--schedule", row.schedule]
+    arguments += ["--rounds", str(scale.rounds_of(row.schedule))]
     arguments += ["--local-epochs", str(scale.local_epochs), "--batch-size", str(scale.batch_size)]
     arguments += ["--learning-rate", str(scale.learning_rate), "--seed", str(seed)]
     arguments += ["--engine", row.engine, "--threads", str(scale.threads), "--round-deadline-s", "7200"]
@@ -77,7 +88,13 @@ def measure_row(
     total, metrics = answer["total"], answer["total"]["metrics"]
     if total["refusals"] or total["updates"] != result["clients"] * total["rounds"]:
         raise RuntimeError(f"updates were refused or missing, see {folder / 'logs'}")
-    flops = client_flops(scale, row.schedule, result.pop("examples"), cached=row.cached)
+    flops = client_flops(
+        scale,
+        row.schedule,
+        result["examples"],
+        cached=row.cached,
+        micro_batch_size=row.micro_batch_size,
+    )
     return result | {
         "title": row.title,
         "options": options,
@@ -98,8 +115,8 @@ def measure_row(
 def from_books(path: Path) -> dict[str, Any]:
     """What a run has cost its clients, from the aggregator's database.
 
-    losses: of each round. round_s: [stage][round], until the last client was done. cpu_s: of a client, None
-    where clients do not tell it.
+    losses: of each round. round_s: [stage][round], until the last client was done. cpu_s, examples: of a
+    client, the mean.
     """
     with sqlite3.connect(path) as books:
         books.row_factory = sqlite3.Row
@@ -115,7 +132,6 @@ def from_books(path: Path) -> dict[str, Any]:
         max(row["peak_rss_bytes"] for row in usage if row["stage"] <= stage) / 1e6
         for stage in sorted(slowest)
     ]
-    cpu = [row["cpu_s"] for row in usage if row.get("cpu_s")]
     return {
         "clients": len(counts),
         "examples": statistics.mean(counts.values()),
@@ -124,5 +140,5 @@ def from_books(path: Path) -> dict[str, Any]:
         "mean_round_s": statistics.mean(value for stage in round_s for value in stage),
         "wall_s": sum(value for stage in round_s for value in stage),
         "peak_mb_by_stage": peaks,
-        "cpu_s": sum(cpu) / len(counts) if cpu else None,
+        "cpu_s": sum(row["cpu_s"] for row in usage) / len(counts),
     }

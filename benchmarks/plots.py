@@ -27,7 +27,6 @@ DPI = 150
 
 def draw_rows(rows: dict[str, Result], path: Path, model: str) -> None:
     """Four panels of bars, a bar a row: memory, FLOPs, bytes, processor seconds."""
-    cpu = all(row["cpu_s"] is not None for row in rows.values())
     panels = (
         (
             "peak memory of the client, MB",
@@ -51,9 +50,7 @@ def draw_rows(rows: dict[str, Result], path: Path, model: str) -> None:
                 ("down", ORANGE, lambda row: row["bytes_down"] / 1e6),
             ),
         ),
-        ("processor time, s", (("", BLUE, lambda row: row["cpu_s"]),))
-        if cpu
-        else ("run, s", (("", BLUE, lambda row: row["wall_s"]),)),
+        ("processor time, s", (("", BLUE, lambda row: row["cpu_s"]),)),
     )
     figure, axes = pyplot.subplots(
         2, 2, figsize=(11, 1.8 + 0.75 * len(rows)), sharey=True, layout="constrained"

@@ -98,7 +98,7 @@ def curves(results: Results, scale: Scale, data: Path, out: Path) -> None:
 def budgets(results: Results, scale: Scale, data: Path, out: Path, amounts: tuple[int, ...]) -> None:
     """Runs that are given a client's memory, and what their clients then take."""
     for amount in amounts:
-        row = Row(f"layer-wise within {amount} MB", "layerwise", ("--memory-budget", str(amount)))
+        row = Row(f"layer-wise within {amount} MB", "layerwise", ("--memory-budget", f"{amount}MB"))
         run = f"{scale.model}-budget-{amount}"
         results.need("budgets", str(amount), partial(measure_row, row, scale, data, out, run))
 

@@ -10,6 +10,7 @@ Next: `benchmarks/lamina_rows.py`, which runs Lamina at a scale.
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -45,19 +46,22 @@ class Scale:
     @cached_property
     def num_stages(self) -> int:
         """Of the layer-wise schedule."""
-        return max(self.build().depths.values())
+        from models.registry import build
+
+        return max(build(self.model, **self.model_options()).depths.values())
 
     @property
     def threads(self) -> int:
         """Of each client: its share of the cores, as `lamina run` has it."""
         return max(1, (os.cpu_count() or 1) // self.clients)
 
-    def build(self) -> Any:
-        """The torch model, whose parameters do not matter."""
-        from lamina.export_command import _options
-        from models.registry import build
+    def rounds_of(self, schedule: str) -> int:
+        """Of each stage: end-to-end's only one has as many as the others' stages together."""
+        return self.rounds * (self.num_stages if schedule == "end_to_end" else 1)
 
-        return build(self.model, **_options(self.options))
+    def model_options(self) -> dict[str, Any]:
+        """As the model's builder takes them."""
+        return {name: json.loads(value) for name, value in (one.split("=", 1) for one in self.options)}
 
     def settings(self) -> dict[str, Any]:
         """What a result depends on, as plain values."""
@@ -130,7 +134,7 @@ def exported(scale: Scale, schedule: str, data: Path, out: Path) -> Path:
     folder = out / "bundles" / f"{scale.model}-{schedule}"
     if not folder.exists():
         arguments = ["--model", scale.model, "--schedule", schedule, "--seed", str(SEED), "--no-check"]
-        arguments += ["--engine", "onnx", "--rounds", str(scale.rounds), "--out", str(folder)]
+        arguments += ["--engine", "onnx", "--rounds", str(scale.rounds_of(schedule)), "--out", str(folder)]
         arguments += [word for option in scale.options for word in ("--option", option)]
         clients = sorted((data / "clients").iterdir())
         arguments += [word for client in clients for word in ("--data", str(client))]
