@@ -27,15 +27,17 @@ CREATE TABLE IF NOT EXISTS run(
   name TEXT NOT NULL, manifest TEXT NOT NULL, plan TEXT NOT NULL, started_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds(
   stage INTEGER, round INTEGER, parameters TEXT NOT NULL, size_bytes INTEGER NOT NULL,
-  loss REAL, metrics TEXT NOT NULL, seconds REAL NOT NULL, PRIMARY KEY(stage, round));
+  change_bytes INTEGER, loss REAL, metrics TEXT NOT NULL, seconds REAL NOT NULL,
+  PRIMARY KEY(stage, round));
 CREATE TABLE IF NOT EXISTS updates(
   stage INTEGER, round INTEGER, client TEXT, num_examples INTEGER NOT NULL, loss REAL,
-  sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, PRIMARY KEY(stage, round, client));
+  sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, raw_bytes INTEGER NOT NULL,
+  PRIMARY KEY(stage, round, client));
 CREATE TABLE IF NOT EXISTS refusals(
   stage INTEGER, round INTEGER, client TEXT, refusal TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS usage(
   stage INTEGER, round INTEGER, client TEXT, bytes_sent INTEGER NOT NULL, bytes_received INTEGER NOT NULL,
-  peak_rss_bytes INTEGER NOT NULL, seconds REAL NOT NULL, opened_s REAL NOT NULL,
+  peak_rss_bytes INTEGER NOT NULL, seconds REAL NOT NULL, opened_s REAL NOT NULL, cpu_s REAL NOT NULL,
   PRIMARY KEY(stage, round, client, opened_s));
 """
 
@@ -78,24 +80,31 @@ class Books:
         self._write("INSERT INTO run VALUES (?, ?, ?, ?)", *msgspec.structs.astuple(record))
 
     def checkpoint(
-        self, key: RoundKey, parameters: BlobRef, loss: float, metrics: dict[str, float], seconds: float
+        self,
+        key: RoundKey,
+        parameters: BlobRef,
+        change: BlobRef | None,
+        loss: float,
+        metrics: dict[str, float],
+        seconds: float,
     ) -> None:
-        """A round is done; its parameters are in the store."""
+        """A round is done; its parameters are in the store. change: what clients fetch in their place."""
         self._write(
-            "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             key.stage,
             key.round,
             parameters.sha256,
             parameters.size_bytes,
+            None if change is None else change.size_bytes,
             loss,
             msgspec.json.encode(metrics).decode(),
             seconds,
         )
 
-    def accept(self, client: str, report: Report) -> None:
-        """An update is in the store and takes part."""
+    def accept(self, client: str, report: Report, raw_bytes: int) -> None:
+        """An update is in the store and takes part. raw_bytes: of its values as float32."""
         self._write(
-            "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             report.key.stage,
             report.key.round,
             client,
@@ -103,6 +112,7 @@ class Books:
             report.loss,
             report.update.sha256,
             report.update.size_bytes,
+            raw_bytes,
         )
 
     def refuse(self, client: str, key: RoundKey, refusal: str, detail: str) -> None:
@@ -114,7 +124,7 @@ class Books:
     def spend(self, client: str, usage: Usage) -> None:
         """A client told what a round has cost it; told twice it counts once."""
         self._write(
-            "INSERT OR REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             usage.key.stage,
             usage.key.round,
             client,
@@ -123,6 +133,7 @@ class Books:
             usage.peak_rss_bytes,
             usage.seconds,
             usage.opened_s,
+            usage.cpu_s,
         )
 
     def rounds(self) -> dict[RoundKey, BlobRef]:
@@ -142,12 +153,13 @@ class Books:
         loss, metrics = self._one(
             f"SELECT loss, metrics FROM rounds WHERE {chosen} ORDER BY stage DESC, round DESC LIMIT 1"
         ) or (0.0, "{}")
-        sent, received, peak, clients = self._one(
-            "SELECT TOTAL(bytes_sent), TOTAL(bytes_received), MAX(peak_rss_bytes), COUNT(DISTINCT client) "
-            f"FROM usage WHERE {chosen}"
+        sent, received, peak, cpu_s, clients = self._one(
+            "SELECT TOTAL(bytes_sent), TOTAL(bytes_received), MAX(peak_rss_bytes), TOTAL(cpu_s), "
+            f"COUNT(DISTINCT client) FROM usage WHERE {chosen}"
         )
-        updates, size, senders = self._one(
-            f"SELECT COUNT(*), TOTAL(size_bytes), COUNT(DISTINCT client) FROM updates WHERE {chosen}"
+        updates, size, raw, senders = self._one(
+            "SELECT COUNT(*), TOTAL(size_bytes), TOTAL(raw_bytes), COUNT(DISTINCT client) "
+            f"FROM updates WHERE {chosen}"
         )
         (refusals,) = self._one(f"SELECT COUNT(*) FROM refusals WHERE {chosen}")
         return Figures(
@@ -156,7 +168,9 @@ class Books:
             bytes_sent_per_client=round(sent / max(clients, 1)),
             bytes_received_per_client=round(received / max(clients, 1)),
             update_bytes_per_client=round(size / max(senders, 1)),
+            raw_update_bytes_per_client=round(raw / max(senders, 1)),
             peak_rss_mb_per_client=round((peak or 0) / 1e6, 1),
+            cpu_s_per_client=round(cpu_s / max(clients, 1), 2),
             rounds=rounds,
             updates=updates,
             refusals=refusals,

@@ -15,10 +15,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from aggregator.combine import Update
+from wire.compression import decompress_file, max_compressed_bytes
 from wire.errors import PeerError, Refusal, Silent
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Offer, Report
-from wire.tensors import max_bytes, unpack_file
 
 Fetch = Callable[[str, BlobRef], Awaitable[Path]]
 
@@ -95,7 +95,8 @@ class Collection:
         """What was accepted, sorted by client, read from disk one at a time."""
         for client, report in sorted(self.accepted.items()):
             shapes = self._manifest.shapes_of(report.groups)
-            yield Update(client, unpack_file(self._files[client], shapes), report.num_examples)
+            delta = decompress_file(self._files[client], shapes, self.offer.plan.compression)
+            yield Update(client, delta, report.num_examples)
 
     def _is_answer(self, client: str, report: Report, error: PeerError) -> bool:
         """Whether the client, whose report raised `error`, has had its say in this round."""
@@ -131,16 +132,15 @@ class Collection:
         if other := sorted(set(report.groups) - set(trainable)):
             raise Refused("wrong_shape", f"{other[0]} does not train in stage {self.offer.key.stage + 1}")
         shapes = self._manifest.shapes_of(report.groups)
-        if report.update.size_bytes > max_bytes(shapes):
-            raise Refused(
-                "too_large", f"{report.update.size_bytes} bytes, at most {max_bytes(shapes)} expected"
-            )
+        compression = self.offer.plan.compression
+        if report.update.size_bytes > (limit := max_compressed_bytes(shapes, compression)):
+            raise Refused("too_large", f"{report.update.size_bytes} bytes, at most {limit} expected")
         self._refused.discard(client)  # its last word is this one
         self._fetching[client] = report.update
         fetch = self._fetches[client] = asyncio.ensure_future(self._fetch(client, report.update))
         try:
             path = await fetch
-            unpack_file(path, shapes)
+            decompress_file(path, shapes, compression)
         except asyncio.CancelledError:
             if self._open:
                 raise

@@ -95,7 +95,9 @@ class Figures(msgspec.Struct, frozen=True):
     metrics: of the hold-out after its last round. loss: of its last round.
     bytes_sent_per_client, bytes_received_per_client: at the MQTT socket, mean over the clients.
     update_bytes_per_client: the size of the accepted updates, mean over the clients that sent any.
+    raw_update_bytes_per_client: the same before compression, as float32.
     peak_rss_mb_per_client: in 10^6 bytes, the largest of any client so far.
+    cpu_s_per_client: processor seconds, mean over the clients.
     """
 
     metrics: dict[str, float]
@@ -103,7 +105,9 @@ class Figures(msgspec.Struct, frozen=True):
     bytes_sent_per_client: int
     bytes_received_per_client: int
     update_bytes_per_client: int
+    raw_update_bytes_per_client: int
     peak_rss_mb_per_client: float
+    cpu_s_per_client: float
     rounds: int
     updates: int
     refusals: int

@@ -6,7 +6,7 @@ Names are those of Flower and its peers where the thing is the same. Next: `aggr
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,8 @@ from wire.messages import (
     RoundKey,
     TrainPlan,
 )
+
+COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 
 
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +52,9 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         int, Meta(description="Views of each image to draw from; 0: the image as it is.")
     ] = 0
     compression: Annotated[Compression, Meta(description="Of what travels each round.")] = "none"
+    prefix_compression: Annotated[Compression, Meta(description="Of blocks, when they are frozen.")] = (
+        "none"
+    )
     seed: Annotated[int, Meta(description="Of cohorts and of the order of examples.")] = 0
     announce_s: Annotated[float, Meta(description="Seconds between two copies of an offer.")] = 5.0
     heartbeat_s: Annotated[float, Meta(description="Seconds between two signs of life of a client.")] = 10.0
@@ -69,6 +74,11 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "augmentations": (
                 0 <= self.augmentations <= MAX_AUGMENTATIONS,
                 f"from 0 to {MAX_AUGMENTATIONS}",
+            ),
+            "compression": (self.compression in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),
+            "prefix_compression": (
+                self.prefix_compression in COMPRESSIONS,
+                f"one of {', '.join(COMPRESSIONS)}",
             ),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
             "announce_s": (0 < self.announce_s <= MAX_SECONDS, "more than 0 seconds"),
@@ -94,5 +104,6 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             local_epochs=self.local_epochs,
             seed=(self.seed * 1009 + key.stage) * 100_003 + key.round,
             compression=self.compression,
+            prefix_compression=self.prefix_compression,
             augmentations=self.augmentations,
         )

@@ -35,6 +35,7 @@ from aggregator.events import (
 from aggregator.link import Link
 from aggregator.plan import RunPlan
 from aggregator.state import State
+from wire.compression import raw_bytes
 from wire.errors import PeerError, Silent, UserError
 from wire.manifest import MANIFEST_NAME, BlobRef, Manifest, parameter_counts, read_manifest
 from wire.messages import Announcement, Offer, Receipt, Report, RoundKey, Usage
@@ -126,7 +127,9 @@ class Run:
         self._store = Store(settings.folder / "blobs")
         self._updates = Store(settings.folder / "updates")  # clients', so apart from what we count on
         self._updates.clear()
-        self._state = State(settings.bundle, manifest, self._store)
+        self._state = State(
+            settings.bundle, manifest, self._store, self._plan.compression, self._plan.prefix_compression
+        )
         announcement = Announcement(
             run=record.name,
             manifest=BlobRef.of(manifest_content),
@@ -171,10 +174,11 @@ class Run:
         self._machine.move(Event.CLOSE)
         collection.close()
         values = await asyncio.to_thread(fedavg, self._state.trainable(), collection.updates())
-        replaced = self._state.update(values)
+        replaced = self._state.update(values, [self._plan.seed, key.stage, key.round])
         metrics = await self._evaluate(key.stage)
         seconds = time.monotonic() - begin
-        self._books.checkpoint(key, self._state.parameters, collection.loss, metrics, seconds)
+        change = self._state.change.change if self._state.change else None
+        self._books.checkpoint(key, self._state.parameters, change, collection.loss, metrics, seconds)
         self._machine.move(Event.CHECKPOINT)
         self._tell(
             RoundClosed(
@@ -186,9 +190,9 @@ class Run:
                 seconds,
             )
         )
-        if replaced is not None:
-            self.link.withdraw_file(replaced)
-            self._store.remove(replaced)
+        for ref in replaced:
+            self.link.withdraw_file(ref)
+            self._store.remove(ref)
         self._updates.clear()
 
     async def _open(self, key: RoundKey) -> Collection:
@@ -196,7 +200,8 @@ class Run:
         cohort = select(available, self._plan.fraction_train, self._plan.seed, key)
         offer = self._offer(key, cohort)
         self._collection = collection = Collection(self._manifest, offer, self.link.fetch)
-        self.link.serve_file(offer.parameters, self._store.path(offer.parameters))
+        for ref in (offer.parameters, *([offer.change.change] if offer.change else [])):
+            self.link.serve_file(ref, self._store.path(ref))
         self._machine.move(Event.OFFER)
         self._tell(RoundOpened(key, cohort))
         await self.link.offer(offer)
@@ -234,6 +239,7 @@ class Run:
             frozen=self._state.frozen,
             plan=self._plan.train_plan(key, self._rounds(key.stage)),
             deadline_s=self._plan.round_deadline_s,
+            change=self._state.change,
         )
 
     def _rounds(self, stage: int) -> int:
@@ -262,7 +268,8 @@ class Run:
             await self.link.receipt(client, Receipt(report.key, error.reason, str(error)))
             return
         if counts:
-            self._books.accept(client, report)
+            raw = raw_bytes(self._manifest.shapes_of(report.groups))
+            self._books.accept(client, report, raw)
             self._machine.move(Event.UPDATE)
             self._tell(
                 UpdateAccepted(

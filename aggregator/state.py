@@ -2,7 +2,8 @@
 
 Rules: memory holds all parameters once. On disk are the bundle's initial values and, in the store, each
 stage's trained groups after its last round so far, and the groups that each stage froze. Walking the
-stages again over these gives the same parameters, bit for bit.
+stages again over these gives the same parameters, bit for bit. Where changes travel compressed, the
+parameters are what the compressed change leads to, so that everyone has the same; likewise what is frozen.
 
 Next: `aggregator/run.py`.
 """
@@ -13,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aggregator.books import Books
+from wire.compression import Seed, added, compress, decompress
 from wire.errors import UserError
 from wire.manifest import BlobRef, Manifest
-from wire.messages import RoundKey
+from wire.messages import Change, Compression, RoundKey
+from wire.stages import advance
 from wire.store import Store
 from wire.tensors import Array, Arrays, pack, unpack_file
 
@@ -24,9 +27,19 @@ class State:
     """values: torch name -> float32, every parameter. stage: the one that trains, from 0.
 
     frozen: for each stage before it, the values of the groups that it froze.
+    change: how the last round's parameters became what they are, if that was compressed.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, store: Store) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        store: Store,
+        compression: Compression = "none",
+        prefix_compression: Compression = "none",
+    ) -> None:
+        self._compression = compression
+        self._prefix_compression = prefix_compression
         self._manifest = manifest
         self._store = store
         everything = {name: parameter.shape for name, parameter in manifest.parameters.items()}
@@ -36,6 +49,7 @@ class State:
         self.values: Arrays = unpack_file(initial, everything)
         self.stage = 0
         self.frozen: tuple[BlobRef, ...] = ()
+        self.change: Change | None = None
         self.parameters = self._put(manifest.stages[0].trainable)
         """The stage's trainable groups as they are now, in the store."""
 
@@ -55,26 +69,38 @@ class State:
 
     def next_stage(self) -> None:
         """Freeze what the next stage does not train, and attach the next blocks, warm where so planned."""
-        frozen = self._put(self._manifest.groups_frozen_after(self.stage))
-        self.frozen = (*self.frozen, frozen)
+        frozen = advance(self._manifest, self.stage, self.values, self._prefix_compression)
+        self.frozen = (*self.frozen, self._store.put(frozen))
         self.stage += 1
-        for group, source in self._manifest.stages[self.stage].warm_start.items():
-            names = zip(self._manifest.names_of((group,)), self._manifest.names_of((source,)), strict=True)
-            for name, below in names:
-                self.values[name] = self.values[below].copy()
         self.parameters = self._put(self._trainable)
 
     def trainable(self) -> Arrays:
         """The stage's trainable groups: torch name -> float32."""
         return {name: self.values[name] for name in self._manifest.names_of(self._trainable)}
 
-    def update(self, values: Mapping[str, Array]) -> BlobRef | None:
-        """Take a round's result into the store. The blob it replaces, to be removed after the checkpoint;
-        None where the round has changed nothing.
+    def update(self, values: Mapping[str, Array], seed: Seed) -> set[BlobRef]:
+        """Take a round's result into the store. The blobs it replaces, to be removed after the checkpoint.
+
+        seed: of the rounding of a compressed change.
         """
-        self.values.update(values)
-        replaced, self.parameters = self.parameters, self._put(self._trainable)
-        return replaced if replaced != self.parameters else None
+        before = self._blobs()
+        if self._compression == "none":
+            self.values.update(values)
+            self.parameters = self._put(self._trainable)
+        else:
+            self._change(values, seed)
+        return before - self._blobs()
+
+    def _change(self, values: Mapping[str, Array], seed: Seed) -> None:
+        now = self.trainable()
+        content = compress({name: values[name] - now[name] for name in now}, self._compression, seed)
+        shapes = self._manifest.shapes_of(self._trainable)
+        self.values.update(added(now, decompress(content, shapes, self._compression)))
+        base, self.parameters = self.parameters, self._put(self._trainable)
+        self.change = Change(base, self._store.put(content), self.parameters)
+
+    def _blobs(self) -> set[BlobRef]:
+        return {self.parameters, *([self.change.change] if self.change else [])}
 
     @property
     def _trainable(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class Device:
     name: unique in the run, a topic level. data: the folder of examples. folder: where it keeps its state.
     engine: of `edge_client.engines.ENGINES`, or `auto`. threads: of a train step.
     columns: a modality's name -> what the table calls it, where that differs.
-    feature_dtype: of the features on disk. max_feature_bytes: the most that they may take, None for no limit.
+    feature_dtype: of the features on disk. max_feature_bytes: the most that they may take, or None.
     """
 
     name: str

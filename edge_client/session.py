@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
@@ -25,17 +26,19 @@ from edge_client.cache import FeatureCache, Features, Step
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
 from edge_client.engines import choose, open_engine, open_graph
 from edge_client.link import Link, find_run
+from edge_client.parameters import Parameters
 from edge_client.pending import Pending, Work
 from edge_client.train import Trained, train
 from inputs.dataset import Dataset
+from wire.compression import compress
 from wire.errors import Malformed, PeerError
-from wire.manifest import BlobRef, Manifest
+from wire.manifest import Manifest
 from wire.messages import Hello, Offer, Receipt, Report, Usage
 from wire.mqtt import Broker
 from wire.rounds import Event, Role, RoundMachine
 from wire.store import Store
 from wire.tasks import beside
-from wire.tensors import Arrays, max_bytes, pack, unpack_file
+from wire.tensors import Arrays
 
 PENDING = "pending"
 
@@ -73,9 +76,8 @@ async def _join(link: Link, device: Device, store: Store) -> tuple[Session, Hell
     bundle = Bundle(manifest, link, store)
     engine = choose(device.engine, manifest.stages[0].engines)
     known = pending.load(device.folder / PENDING)
-    store.keep(
-        {*manifest.files.values(), link.announcement.manifest, *([known.report.update] if known else [])}
-    )
+    last = (known.report.update, known.work.parameters) if known else ()
+    store.keep({*manifest.files.values(), link.announcement.manifest, *last})
     await bundle.need(*bundle.tokenizers())
     dataset = await asyncio.to_thread(
         Dataset.open,
@@ -130,8 +132,10 @@ class Session:
         self._engine = engine
         self._dataset = dataset
         self._cache = FeatureCache(device.folder / "features", bundle.manifest, dataset, engine)
+        self._parameters = Parameters(bundle.manifest, link, store)
         self._machine = RoundMachine(Role.CLIENT)
         self._told = (0, 0)  # bytes sent and received that have been reported
+        self._told_cpu_s = 0.0
 
     async def rounds(self) -> None:
         """Take every offer that selects us, until the run is over."""
@@ -156,7 +160,9 @@ class Session:
             raise Malformed(f"the offer of {offer.key} does not fit the manifest")
         report = self._done_before(offer)
         if report is None:
-            parameters = await self._parameters(offer)
+            await self._bundle.need(*self._manifest.stages[offer.key.stage].engines[self._engine].values())
+            await self._parameters.prepare(offer)
+            parameters = await self._parameters.trainable(offer)
             features = await self._features(offer)
             self._machine.move(Event.FETCHED)
             trained = await _in_thread(partial(self._train, offer, parameters, features))
@@ -172,28 +178,13 @@ class Session:
             log.warning("%s refused: %s, %s", offer.key, receipt.refusal, receipt.detail)
         return receipt
 
-    async def _parameters(self, offer: Offer) -> Arrays:
-        stage = self._manifest.stages[offer.key.stage]
-        await self._bundle.need(*stage.engines[self._engine].values())
-        return await self._values(offer.parameters, stage.trainable)
-
     async def _features(self, offer: Offer) -> Features:
         for stage, steps in groupby(self._cache.steps(offer), key=lambda step: step.stage):
-            frozen = self._manifest.groups_frozen_after(stage)
-            values = await self._values(offer.frozen[stage], frozen)
+            values = await self._parameters.frozen(offer, stage)
             for step in steps:
                 await self._bundle.need(step.file)
                 await _in_thread(partial(self._run, step, values))
         return self._cache.features(offer)
-
-    async def _values(self, ref: BlobRef, groups: tuple[str, ...]) -> Arrays:
-        """Parameters by torch name. They are not kept: the next offer brings others."""
-        shapes = self._manifest.shapes_of(groups)
-        path = await self._link.fetch(ref, max_bytes(shapes))
-        try:
-            return unpack_file(path, shapes)
-        finally:
-            path.unlink(missing_ok=True)
 
     def _run(self, step: Step, values: Arrays, stop: StopEvent) -> None:
         run = open_graph(self._engine, self._bundle.file, step.graph, self._device.threads)
@@ -220,7 +211,7 @@ class Session:
         before = pending.load(path)
         report = Report(
             key=offer.key,
-            update=self._store.put(pack(trained.delta)),
+            update=self._store.put(compress(trained.delta, offer.plan.compression, self._seed(offer))),
             groups=self._manifest.stages[offer.key.stage].trainable,
             num_examples=trained.num_examples,
             loss=trained.loss,
@@ -229,6 +220,10 @@ class Session:
         if before is not None and before.report.update != report.update:
             self._store.remove(before.report.update)
         return report
+
+    def _seed(self, offer: Offer) -> list[int]:
+        """Of the update's rounding: every client's own, and the same whenever the round is trained."""
+        return [offer.plan.seed, zlib.crc32(self._device.name.encode())]
 
     async def _tell_usage(self, offer: Offer, seconds: float) -> None:
         sent, received = self._link.traffic
@@ -239,7 +234,9 @@ class Session:
             peak_rss_bytes=peak_rss_bytes(),
             seconds=seconds,
             opened_s=offer.opened_s,
+            cpu_s=(cpu_s := time.process_time()) - self._told_cpu_s,
         )
+        self._told_cpu_s = cpu_s
         self._told = (sent, received)
         await self._link.usage(usage)
 

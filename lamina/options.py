@@ -53,7 +53,7 @@ def feature_options(function: F) -> F:
         click.option(
             "--max-feature-mb",
             type=click.IntRange(min=0),
-            help="Disk for features; with less than they need, each batch computes its own.  [default: all]",
+            help="Disk for features; where it is too little, each batch computes them.  [default: all]",
         ),
         click.option(
             "--feature-dtype",

@@ -229,6 +229,10 @@ def summary(closed: RunClosed) -> Group:
     if names:
         table.add_row("chance", *(f"{100 * metrics.get(_chance(name), 0):.1f}%" for name in names))
     notes = ["Bytes are the mean of the clients, memory is the largest peak of any."]
+    total = closed.total
+    if total.update_bytes_per_client < total.raw_update_bytes_per_client:
+        before, after = _size(total.raw_update_bytes_per_client), _size(total.update_bytes_per_client)
+        notes.append(f"A client's updates took {after}; uncompressed they would have taken {before}.")
     if directions := _directions(metrics):
         meaning = "R@k is the share of the hold-out whose partner is among the k best matches."
         notes = [meaning, *directions, *notes]

@@ -81,7 +81,8 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
 class TrainPlan(msgspec.Struct, frozen=True):
     """How to train locally in this round. `seed` fixes the order of the examples.
 
-    compression: of the update. augmentations: views of each image to draw from, 0 for the image as it is.
+    compression: of the update and of `Change`. prefix_compression: of `Offer.frozen`.
+    augmentations: views of each image to draw from, 0 for the image as it is.
     """
 
     learning_rate: Annotated[float, Meta(ge=0, le=MAX_LEARNING_RATE)]
@@ -89,7 +90,20 @@ class TrainPlan(msgspec.Struct, frozen=True):
     local_epochs: Annotated[int, Meta(ge=1, le=2**31)]
     seed: Count
     compression: Compression = "none"
+    prefix_compression: Compression = "none"
     augmentations: Annotated[int, Meta(ge=0, le=MAX_AUGMENTATIONS)] = 0
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A cheap way to parameters for who still has those of the round before: `base` + `change` = `result`.
+
+    base, result: as blobs of trainable groups are (safetensors), of one stage; `result` is the offer's
+    parameters, or, when a stage begins, what the one before ended with. change: `wire/compression.py`.
+    """
+
+    base: BlobRef
+    change: BlobRef
+    result: BlobRef
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
@@ -97,8 +111,9 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
 
     opened_s: Unix time of its opening; an aggregator that was restarted opens a round once more.
     parameters: values of the stage's trainable groups now (safetensors).
-    frozen: for each earlier stage, the values of the groups that were frozen after it.
+    frozen: for each earlier stage, the values of the groups that were frozen after it (compressed).
     deadline_s: seconds left when this copy was published.
+    change: None in the first round, without compression, and after the aggregator was restarted.
     """
 
     key: RoundKey
@@ -108,6 +123,7 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
     frozen: tuple[BlobRef, ...]
     plan: TrainPlan
     deadline_s: Seconds
+    change: Change | None = None
 
 
 class Want(msgspec.Struct, frozen=True, tag=True):
@@ -118,7 +134,7 @@ class Want(msgspec.Struct, frozen=True, tag=True):
 
 
 class Report(msgspec.Struct, frozen=True, tag=True):
-    """An update is ready to be fetched: the change of the trained groups, float32 (safetensors).
+    """An update is ready to be fetched: the change of the trained groups (`wire/compression.py`).
 
     groups: the parameter groups in it, all or some of the stage's trainable ones.
     loss: mean training loss over the last local epoch.

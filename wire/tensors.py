@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,12 @@ _HEADER_BYTES = 4096
 
 def pack(arrays: Mapping[str, Array]) -> bytes:
     """Safetensors of float32 arrays, in an order that depends on their names only."""
-    return save({name: np.asarray(arrays[name], np.float32, order="C") for name in sorted(arrays)})
+    return pack_as_is({name: np.asarray(arrays[name], np.float32) for name in arrays})
+
+
+def pack_as_is(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """`pack` of arrays that keep their dtypes."""
+    return save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
 
 
 def max_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -44,21 +50,32 @@ def unpack(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
     """
     if len(content) > max_bytes(shapes):
         raise TooLarge(f"tensors of {len(content)} bytes, at most {max_bytes(shapes)} expected")
+    arrays = load_exact(content, {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()})
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise NotFinite(f"{name} holds NaN or infinity")
+    return arrays
+
+
+def load_exact(
+    content: bytes, expected: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+) -> dict[str, npt.NDArray[Any]]:
+    """The arrays in `content`, exactly those expected (name -> dtype, shape) and in their order; the caller
+    has checked the size. Raises `Malformed` or `ManifestMismatch`.
+    """
     try:
         arrays = load(content)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise Malformed(f"not safetensors: {error}") from error
-    if missing := shapes.keys() - arrays.keys():
+    if missing := expected.keys() - arrays.keys():
         raise ManifestMismatch(f"{len(missing)} tensors are missing, first {min(missing)}")
-    if extra := arrays.keys() - shapes.keys():
+    if extra := arrays.keys() - expected.keys():
         raise ManifestMismatch(f"{len(extra)} tensors are not of this stage, first {min(extra)}")
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in expected.items():
         array = arrays[name]
-        if array.shape != shape or array.dtype != np.float32:
-            raise ManifestMismatch(f"{name} is {array.dtype}{array.shape}, expected float32{shape}")
-        if not np.isfinite(array).all():
-            raise NotFinite(f"{name} holds NaN or infinity")
-    return {name: arrays[name] for name in shapes}
+        if array.shape != shape or array.dtype != dtype:
+            raise ManifestMismatch(f"{name} is {array.dtype}{array.shape}, expected {dtype}{shape}")
+    return {name: arrays[name] for name in expected}
 
 
 def unpack_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:

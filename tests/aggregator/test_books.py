@@ -28,7 +28,9 @@ NOTHING = Figures(
     bytes_sent_per_client=0,
     bytes_received_per_client=0,
     update_bytes_per_client=0,
+    raw_update_bytes_per_client=0,
     peak_rss_mb_per_client=0.0,
+    cpu_s_per_client=0.0,
     rounds=0,
     updates=0,
     refusals=0,
@@ -55,6 +57,7 @@ def usage(key: RoundKey = KEY, **changes: Any) -> Usage:
         "bytes_received": 3000,
         "peak_rss_bytes": 50_000_000,
         "seconds": 1.5,
+        "cpu_s": 0.5,
     }
     return Usage(**{**fields, **changes})
 
@@ -62,7 +65,7 @@ def usage(key: RoundKey = KEY, **changes: Any) -> Usage:
 def round_of(
     books: Books, key: RoundKey, *, loss: float = 0.5, seconds: float = 2.0, **metrics: float
 ) -> None:
-    books.checkpoint(key, ref(key.round), loss, metrics, seconds)
+    books.checkpoint(key, ref(key.round), None, loss, metrics, seconds)
 
 
 def rows(books: Books, table: str) -> list[Row]:
@@ -91,8 +94,10 @@ def test_new_books_are_empty(books: Books):
 def test_everything_is_there_after_closing_and_opening(tmp_path: Path):
     books = Books(tmp_path)
     books.begin(RECORD)
-    books.checkpoint(KEY, ref(1, 2**62), 0.1 + 0.2, {"recall@1": 0.1 + 0.2, "chance@1": 1e-300}, 12.25)
-    books.accept("ada", report(num_examples=2**63 - 1, update=ref(2, 2**63 - 1)))
+    books.checkpoint(
+        KEY, ref(1, 2**62), ref(3, 9), 0.1 + 0.2, {"recall@1": 0.1 + 0.2, "chance@1": 1e-300}, 12.25
+    )
+    books.accept("ada", report(num_examples=2**63 - 1, update=ref(2, 2**63 - 1)), 2**63 - 1)
     books.refuse("ben", RoundKey(0, 7), "late", "it's over; DROP TABLE rounds — ' \" \0")
     books.spend("ada", usage(bytes_sent=2**63 - 1, seconds=1e9))
     for _ in range(2):
@@ -101,16 +106,18 @@ def test_everything_is_there_after_closing_and_opening(tmp_path: Path):
         assert books.rounds() == {KEY: ref(1, 2**62)}
         assert books.clients_told(KEY) == {"ada"}
         assert books.clients_told(RoundKey(1, 1)) == books.clients_told(RoundKey(0, 2)) == set()
+        ((*_, change_bytes, _loss, _metrics, _seconds),) = rows(books, "rounds")
+        assert change_bytes == 9
         figures = books.figures([1])
         assert figures.metrics == {"recall@1": 0.1 + 0.2, "chance@1": 1e-300}
         assert figures.loss == 0.1 + 0.2
         assert rows(books, "updates") == [
-            (1, 2, "ada", 2**63 - 1, 0.5, ref(2).sha256, 2**63 - 1),
+            (1, 2, "ada", 2**63 - 1, 0.5, ref(2).sha256, 2**63 - 1, 2**63 - 1),
         ]
         assert rows(books, "refusals") == [
             (0, 7, "ben", "late", "it's over; DROP TABLE rounds — ' \" \0"),
         ]
-        assert rows(books, "usage") == [(1, 2, "ada", 2**63 - 1, 3000, 50_000_000, 1e9, 0.0)]
+        assert rows(books, "usage") == [(1, 2, "ada", 2**63 - 1, 3000, 50_000_000, 1e9, 0.0, 0.5)]
     books.close()
 
 
@@ -131,8 +138,8 @@ def test_rounds_come_in_order(books: Books):
 
 
 def test_a_round_that_is_done_once_more_counts_once(books: Books):
-    books.checkpoint(KEY, ref(1), 0.5, {"a": 1.0}, 3.0)
-    books.checkpoint(KEY, ref(2), 0.25, {"b": 2.0}, 4.0)
+    books.checkpoint(KEY, ref(1), None, 0.5, {"a": 1.0}, 3.0)
+    books.checkpoint(KEY, ref(2), None, 0.25, {"b": 2.0}, 4.0)
     assert books.rounds() == {KEY: ref(2)}
     figures = books.figures([1])
     assert (figures.rounds, figures.loss, figures.metrics, figures.seconds) == (1, 0.25, {"b": 2.0}, 4.0)
@@ -140,12 +147,12 @@ def test_a_round_that_is_done_once_more_counts_once(books: Books):
 
 def test_what_is_told_twice_counts_once(books: Books):
     for _ in range(2):
-        books.accept("ada", report())
+        books.accept("ada", report(), 4000)
         books.spend("ada", usage())
     figures = books.figures([1])
     assert (figures.updates, figures.update_bytes_per_client) == (1, 1000)
     assert (figures.bytes_sent_per_client, figures.bytes_received_per_client) == (1000, 3000)
-    books.accept("ada", report(update=ref(1, 500)))  # of a round that an aggregator opened once more
+    books.accept("ada", report(update=ref(1, 500)), 4000)  # of a round that an aggregator opened once more
     books.spend("ada", usage(bytes_sent=7))
     figures = books.figures([1])
     assert (figures.updates, figures.update_bytes_per_client, figures.bytes_sent_per_client) == (1, 500, 7)
@@ -154,7 +161,7 @@ def test_what_is_told_twice_counts_once(books: Books):
 def test_the_same_client_counts_in_each_round_and_the_same_round_for_each_client(books: Books):
     for key in (RoundKey(1, 0), RoundKey(1, 1)):
         for client in ("ada", "ben"):
-            books.accept(client, report(key))
+            books.accept(client, report(key), 4000)
             books.spend(client, usage(key))
     figures = books.figures([1])
     assert (figures.updates, figures.update_bytes_per_client) == (4, 2000)
@@ -181,7 +188,7 @@ def told(books: Books) -> None:
         (RoundKey(0, 1), "ada", 100),
         (RoundKey(1, 0), "cyd", 50),
     ]:
-        books.accept(client, report(key, update=ref(size, size)))
+        books.accept(client, report(key, update=ref(size, size)), 4 * size)
     books.refuse("cyd", RoundKey(0, 1), "late", "")
     for key, client, sent, peak in [
         (RoundKey(0, 0), "ada", 10, 60_000_000),
@@ -200,7 +207,9 @@ def test_figures_of_a_stage(books: Books):
         bytes_sent_per_client=30,  # 61 over two clients
         bytes_received_per_client=61,
         update_bytes_per_client=200,
+        raw_update_bytes_per_client=800,
         peak_rss_mb_per_client=61.4,
+        cpu_s_per_client=0.75,
         rounds=2,
         updates=3,
         refusals=1,
@@ -216,7 +225,9 @@ def test_figures_of_several_stages_have_the_last_ones_metrics(books: Books):
         bytes_sent_per_client=23,  # 68 over three clients
         bytes_received_per_client=45,
         update_bytes_per_client=150,
+        raw_update_bytes_per_client=600,
         peak_rss_mb_per_client=70.0,
+        cpu_s_per_client=0.67,  # 2 over three clients
         rounds=3,
         updates=4,
         refusals=1,
@@ -233,9 +244,11 @@ def test_figures_of_stages_that_have_not_begun(books: Books, stages: Any):
 
 
 def test_figures_while_the_first_round_is_open(books: Books):
-    books.accept("ada", report())
+    books.accept("ada", report(), 4000)
     books.refuse("ben", KEY, "malformed", "")
-    expected = msgspec.structs.replace(NOTHING, updates=1, update_bytes_per_client=1000, refusals=1)
+    expected = msgspec.structs.replace(
+        NOTHING, updates=1, update_bytes_per_client=1000, raw_update_bytes_per_client=4000, refusals=1
+    )
     assert books.figures([1]) == expected
 
 
@@ -298,7 +311,7 @@ def test_books_that_cannot_be_written_are_the_users_to_mend(books: Books):
     for write in (
         lambda: books.begin(RECORD),
         lambda: round_of(books, KEY),
-        lambda: books.accept("ada", report()),
+        lambda: books.accept("ada", report(), 4000),
         lambda: books.refuse("ada", KEY, "late", ""),
         lambda: books.spend("ada", usage()),
     ):
@@ -320,8 +333,8 @@ books = Books(Path(sys.argv[1]))
 books.begin(RunRecord("r1", "a" * 64, "{}", 1.5))
 for number in range(100_000):
     key, ref = RoundKey(0, number), BlobRef.of(str(number).encode())
-    books.accept("ada", Report(key, ref, ("head",), 10, 0.5))
-    books.checkpoint(key, ref, float(number), {"round": float(number)}, 1.0)
+    books.accept("ada", Report(key, ref, ("head",), 10, 0.5), 1)
+    books.checkpoint(key, ref, None, float(number), {"round": float(number)}, 1.0)
     books.spend("ada", Usage(key, 1, 1, 1, 1.0))
     print(number, flush=True)
 """

@@ -11,7 +11,7 @@ import pytest
 
 from aggregator.plan import RunPlan
 from wire.errors import UserError
-from wire.messages import MAX_LEARNING_RATE, RoundKey, TrainPlan
+from wire.messages import MAX_AUGMENTATIONS, MAX_LEARNING_RATE, RoundKey, TrainPlan
 
 NAN, INF = math.nan, math.inf
 KEY = RoundKey(2, 1)
@@ -25,6 +25,7 @@ REFUSED: list[tuple[str, Any]] = [
     *(("batch_size", value) for value in (0, -32)),
     *(("learning_rate", value) for value in (0, -1e-3, 1.1 * MAX_LEARNING_RATE, INF, -INF, NAN)),
     *(("final_learning_rate_share", value) for value in (-0.1, 1.0001, INF, -INF, NAN)),
+    *(("augmentations", value) for value in (-1, MAX_AUGMENTATIONS + 1)),
     *(("seed", value) for value in (-1, 2**31, 2**64)),
     *(("announce_s", value) for value in (0, -5.0, INF, -INF, NAN)),
     *(("heartbeat_s", value) for value in (0, -10.0, INF, -INF, NAN)),
@@ -43,6 +44,13 @@ TAKEN: list[tuple[str, Any]] = [
     ("final_learning_rate_share", 0),
     ("final_learning_rate_share", 1e-9),
     ("final_learning_rate_share", 1),
+    ("augmentations", 0),
+    ("augmentations", MAX_AUGMENTATIONS),
+    *(
+        (name, value)
+        for name in ("compression", "prefix_compression")
+        for value in ("none", "float16", "int8")
+    ),
     ("announce_s", 0.001),
     ("heartbeat_s", 0.001),
     ("seed", 0),
@@ -68,8 +76,17 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any):
         assert caught.value.hint.startswith("it must be ")
 
 
+@pytest.mark.parametrize("name", ["compression", "prefix_compression"])
+def test_an_unknown_compression_is_refused_by_name(name: str):
+    with pytest.raises(UserError, match=f"{name} is zip"):
+        RunPlan(**{name: "zip"})
+    with pytest.raises((UserError, msgspec.ValidationError), match=name):
+        msgspec.convert({name: "zip"}, RunPlan)
+
+
 def test_every_setting_with_a_range_is_tried():
-    assert {name for name, _ in REFUSED} == set(RunPlan.__struct_fields__)
+    words = {"compression", "prefix_compression"}  # of which msgspec knows all that there are
+    assert {name for name, _ in REFUSED} | words == set(RunPlan.__struct_fields__)
     floats = {field.name for field in msgspec.structs.fields(RunPlan) if isinstance(field.default, float)}
     assert {name for name, value in REFUSED if value != value} == floats
 

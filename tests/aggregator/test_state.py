@@ -16,9 +16,10 @@ from small_models import bundle, small
 
 from aggregator.books import Books
 from aggregator.state import State
+from wire.compression import decompress_file
 from wire.errors import UserError
 from wire.manifest import BlobRef, Manifest
-from wire.messages import RoundKey
+from wire.messages import Compression, RoundKey
 from wire.store import Store
 from wire.tensors import Arrays, pack, unpack_file
 
@@ -71,11 +72,11 @@ def bits(arrays: Arrays) -> Bits:
 class Run:
     """A run without clients: random updates, and the same ones in every run."""
 
-    def __init__(self, bundle_: Bundle, folder: Path) -> None:
+    def __init__(self, bundle_: Bundle, folder: Path, compression: Compression = "none") -> None:
         self.bundle, self.manifest = bundle_, bundle_.manifest
         self.store = Store(folder / "blobs")
         self.books = Books(folder)
-        self.state = State(bundle_.folder, bundle_.manifest, self.store)
+        self.state = State(bundle_.folder, bundle_.manifest, self.store, compression, compression)
         self.last = self.state.resume(self.books)
 
     def result(self, key: RoundKey) -> Arrays:
@@ -92,10 +93,10 @@ class Run:
 
     def round(self, key: RoundKey) -> Standing:
         self.to_stage(key.stage)
-        replaced = self.state.update(self.result(key))
-        self.books.checkpoint(key, self.state.parameters, 0.5, {}, 1.0)
-        if replaced is not None:
-            self.store.remove(replaced)
+        replaced = self.state.update(self.result(key), [key.stage, key.round])
+        self.books.checkpoint(key, self.state.parameters, None, 0.5, {}, 1.0)
+        for ref in replaced:
+            self.store.remove(ref)
         return Standing.of(self.state)
 
     def rounds(self, count: int) -> list[Standing]:
@@ -114,7 +115,7 @@ class Run:
         self.books.close()
 
 
-Begin = Callable[[str, str], Run]
+Begin = Callable[..., Run]
 
 
 @pytest.fixture
@@ -122,8 +123,8 @@ def begin(bundles: dict[str, Bundle], tmp_path: Path) -> Iterator[Begin]:
     """A run in a folder, or the one that is there already, as after a crash."""
     runs: list[Run] = []
 
-    def begin(schedule: str, name: str = "run") -> Run:
-        runs.append(Run(bundles[schedule], tmp_path / name))
+    def begin(schedule: str, name: str = "run", compression: Compression = "none") -> Run:
+        runs.append(Run(bundles[schedule], tmp_path / name, compression))
         return runs[-1]
 
     yield begin
@@ -180,7 +181,7 @@ def test_a_round_changes_the_trainable_groups_and_no_others(begin: Begin, schedu
 def test_the_blob_that_a_round_replaces_stays_until_it_is_removed(begin: Begin):
     run = begin("layerwise")
     before = run.state.parameters
-    replaced = run.state.update(run.result(RoundKey(0, 0)))
+    (replaced,) = run.state.update(run.result(RoundKey(0, 0)), 0)
     assert replaced == before != run.state.parameters
     assert run.store.has(before)
     assert run.store.has(run.state.parameters)
@@ -188,10 +189,8 @@ def test_the_blob_that_a_round_replaces_stays_until_it_is_removed(begin: Begin):
 
 def test_a_round_that_changes_nothing_keeps_its_blob(begin: Begin):
     run = begin("layerwise")
-    replaced = run.state.update(run.state.trainable())  # at a learning rate of 0
-    run.books.checkpoint(RoundKey(0, 0), run.state.parameters, 0.5, {}, 1.0)
-    if replaced is not None:
-        run.store.remove(replaced)
+    replaced = run.state.update(run.state.trainable(), 0)  # at a learning rate of 0
+    assert not replaced
     assert run.store.has(run.state.parameters)
 
 
@@ -224,7 +223,7 @@ def test_a_copy_goes_its_own_way(begin: Begin):
     below = run.manifest.names_of(("image.block.0",))
     own = run.manifest.names_of(("image.block.1",))
     before = bits(run.state.values)
-    run.state.update({name: np.asarray(run.state.values[name] + 1, np.float32) for name in own})
+    run.state.update({name: np.asarray(run.state.values[name] + 1, np.float32) for name in own}, 0)
     after = bits(run.state.values)
     assert all(after[name] == before[name] for name in below)
     run.state.values[own[0]][...] = 7  # even if it were changed in place
@@ -327,7 +326,7 @@ def test_a_round_that_was_not_written_down_does_not_count(begin: Begin, schedule
     key = killed.bundle.keys[count]
     before = Standing.of(killed.state)
     killed.to_stage(key.stage)
-    killed.state.update(killed.result(key))  # killed before the checkpoint
+    killed.state.update(killed.result(key), 0)  # killed before the checkpoint
 
     resumed = begin(schedule)
     assert Standing.of(resumed.state) == before
@@ -338,8 +337,8 @@ def test_a_round_that_was_not_written_down_does_not_count(begin: Begin, schedule
 def test_a_replaced_blob_that_was_not_removed_does_no_harm(begin: Begin):
     killed = begin("layerwise")
     killed.rounds(1)
-    replaced = killed.state.update(killed.result(RoundKey(0, 1)))
-    killed.books.checkpoint(RoundKey(0, 1), killed.state.parameters, 0.5, {}, 1.0)
+    (replaced,) = killed.state.update(killed.result(RoundKey(0, 1)), 0)
+    killed.books.checkpoint(RoundKey(0, 1), killed.state.parameters, None, 0.5, {}, 1.0)
     resumed = begin("layerwise")
     assert resumed.store.has(replaced)
     assert Standing.of(resumed.state) == Standing.of(killed.state)
@@ -419,3 +418,51 @@ def test_the_store_holds_no_more_than_what_is_needed_to_go_on(begin: Begin):
     on_disk = {path.name for path in run.store.path(run.state.parameters).parent.iterdir()}
     assert needed <= on_disk
     assert len(on_disk - needed) == 0
+
+
+COMPRESSED: tuple[Compression, ...] = ("float16", "int8")
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("schedule", ["layerwise", "progressive"])
+def test_a_compressed_run_goes_on_where_it_was_killed(
+    begin: Begin, schedule: str, compression: Compression
+):
+    expected = begin(schedule, "whole", compression).rounds(NUM_ROUNDS[schedule])
+    got = [begin(schedule, "run", compression).rounds(1)[0] for _ in range(NUM_ROUNDS[schedule])]
+    assert got == expected
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_parameters_are_what_the_change_leads_to(begin: Begin, compression: Compression):
+    run = begin("layerwise", "run", compression)
+    assert run.state.change is None
+    before, base = run.state.trainable(), run.state.parameters
+    result = run.result(RoundKey(0, 0))
+    run.state.update(result, 0)
+    change = run.state.change
+    assert change is not None
+    assert (change.base, change.result) == (base, run.state.parameters)
+    shapes = run.manifest.shapes_of(run.manifest.stages[0].trainable)
+    delta = decompress_file(run.store.path(change.change), shapes, compression)
+    after = run.state.trainable()
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, before[name] + delta[name])
+        step = np.abs(result[name] - before[name]).max() / {"float16": 2**10, "int8": 126}[compression]
+        assert np.abs(value - result[name]).max() <= step
+    replaced = run.state.update(run.result(RoundKey(0, 1)), 1)
+    assert replaced == {change.change, change.result}
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_what_is_frozen_is_what_travels(begin: Begin, compression: Compression):
+    run = begin("layerwise", "run", compression)
+    run.rounds(2)
+    before = {name: value.copy() for name, value in run.state.values.items()}
+    run.to_stage(1)
+    shapes = run.manifest.shapes_of(run.manifest.groups_frozen_after(0))
+    travelled = decompress_file(run.store.path(run.state.frozen[0]), shapes, compression)
+    assert bits(travelled) == {name: bits(run.state.values)[name] for name in travelled}
+    errors = [np.abs(travelled[name] - before[name]).max() for name in travelled]
+    largest = max(np.abs(before[name]).max() for name in travelled)
+    assert 0 < max(errors) <= largest / 127

@@ -98,6 +98,49 @@ def test_clients_with_different_engines_train_in_one_run(run: Run) -> None:
         assert mixed["total"]["metrics"][name] == pytest.approx(alike["total"]["metrics"][name], abs=0.05)
 
 
+def test_compressed_changes_in_both_directions(run: Run) -> None:
+    """int8 for all that travels: a quarter of the bytes, about the same model, the same for everyone."""
+    options = ("--schedule", "layerwise")
+    small, folder = run("small", *options, "--compression", "int8", "--prefix-compression", "int8")
+    whole, _ = run("layerwise", *options)
+    total, other = small["total"], whole["total"]
+    assert (total["updates"], total["refusals"]) == (other["updates"], 0)
+    assert total["raw_update_bytes_per_client"] == other["raw_update_bytes_per_client"]
+    assert total["update_bytes_per_client"] < 0.3 * total["raw_update_bytes_per_client"]
+    assert total["bytes_sent_per_client"] < 0.4 * other["bytes_sent_per_client"]
+    trained, graphs = trained_bytes(folder), 0
+    for number, size in enumerate(trained):
+        graphs = sum(_size(folder, name) for name in _graphs_first_used(folder, number))
+        received = small["stages"][number]["bytes_received_per_client"] - graphs
+        # Once, whole, in the first round of all; from then on changes only, also from stage to stage.
+        assert received < (size if number == 0 else 0) + 0.35 * 2 * size + 40_000
+    for client in CLIENTS:
+        log = (folder / "logs" / f"{client}.log").read_text()
+        assert "fetching it whole" not in log
+        assert "cannot be used" not in log
+    for name in (f"recall@{k}" for k in AT):
+        assert total["metrics"][name] == pytest.approx(other["metrics"][name], abs=0.1)
+    frozen = load_file(Path(small["model"]) / "model.safetensors")["image.blocks.0.attention.query.weight"]
+    assert all(len(np.unique(np.abs(row))) <= 128 for row in frozen)
+    assert all(len(np.unique(np.abs(row))) > 1 for row in frozen)
+
+
+def _graphs_first_used(folder: Path, number: int) -> set[str]:
+    """Files of the bundle that a client fetches in this stage, and did not have before."""
+    manifest, _ = read_manifest(folder / "bundle")
+
+    def used(stage: int) -> set[str]:
+        segments = manifest.stages[stage - 1].segments.values() if stage else ()
+        return {*manifest.stages[stage].engines["onnx"].values(), *(graph.file for graph in segments)}
+
+    first = {"tokenizer.model"} if number == 0 else set()
+    return (first | used(number)) - {name for stage in range(number) for name in used(stage)}
+
+
+def _size(folder: Path, name: str) -> int:
+    return (folder / "bundle" / name).stat().st_size
+
+
 def of_other_engines(bundle: Path, engine: str) -> set[str]:
     """Hashes of the files that a client with this engine has no use for."""
     manifest, _ = read_manifest(bundle)

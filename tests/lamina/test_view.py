@@ -51,10 +51,21 @@ def used(client, peak_mb):
     return UsageTold(client, Usage(key(0, 0), 1_000_000, 2_500_000, peak_mb * 1_000_000, 3.2))
 
 
-def figures(metrics, loss, rounds, sent_mb=1.25, refusals=0):
+def figures(metrics, loss, rounds, sent_mb=1.25, refusals=0, raw_bytes=400_000):
     sent, received = int(sent_mb * 1e6), int(3 * sent_mb * 1e6)
     return Figures(
-        metrics, loss, sent, received, 400_000, 100 * sent_mb, rounds, 6, refusals, 60.9 * sent_mb
+        metrics,
+        loss,
+        sent,
+        received,
+        update_bytes_per_client=400_000,
+        raw_update_bytes_per_client=raw_bytes,
+        peak_rss_mb_per_client=100 * sent_mb,
+        cpu_s_per_client=1.0,
+        rounds=rounds,
+        updates=6,
+        refusals=refusals,
+        seconds=60.9 * sent_mb,
     )
 
 
@@ -335,3 +346,12 @@ def test_standard_output_is_left_to_results(capsys):
     assert out == ""
     assert "exporting" in err
     assert "stage 2 round 1 of 1" in err
+
+
+def test_the_end_tells_what_compression_has_saved():
+    plain = figures(RECALLS, 1.0, 2)
+    small = figures(RECALLS, 1.0, 2, raw_bytes=1_610_000)
+    line = "A client's updates took 0.40 MB; uncompressed they would have taken 1.61 MB."
+    for total, expected in ((plain, False), (small, True)):
+        text = drawn([RunClosed("layerwise", "onnx", 0, (total,), total, MODEL)])
+        assert (line in text) == expected

@@ -18,6 +18,7 @@ from wire.messages import (
     MAX_OFFER_BYTES,
     Announcement,
     Bye,
+    Change,
     Hello,
     Message,
     Offer,
@@ -72,8 +73,9 @@ def offer(**changes: Any) -> Offer:
         "cohort": ("ada", "ben"),
         "parameters": BlobRef.of(b"parameters"),
         "frozen": (BlobRef.of(b"first"), BlobRef.of(b"second")),
-        "plan": TrainPlan(learning_rate=1e-3, batch_size=32, local_epochs=2, seed=2**63 - 1),
+        "plan": TrainPlan(1e-3, 32, 2, 2**63 - 1, "int8", "float16", 4),
         "deadline_s": 599.5,
+        "change": Change(BlobRef.of(b"before"), BlobRef.of(b"change"), BlobRef.of(b"parameters")),
     }
     return Offer(**{**fields, **changes})
 
@@ -104,6 +106,7 @@ def usage(**changes: Any) -> Usage:
         "bytes_received": 1,
         "peak_rss_bytes": 2**33,
         "seconds": 12.25,
+        "cpu_s": 1e9,
     }
     return Usage(**{**fields, **changes})
 
