@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import torch
 
 from export.engines import EngineFiles, Settings, check_engines, exportable
@@ -72,6 +73,8 @@ def export_bundle(
     optimizer: AdamW | None = None,
     engines: Sequence[str] | None = None,
     max_batch_size: int = MAX_BATCH_SIZE,
+    micro_batch_sizes: Sequence[int] | None = None,
+    expected_peak_bytes: Sequence[int] = (),
     runtimes: Engines | None = None,
     seed: int = 0,
     force: bool = False,
@@ -82,11 +85,15 @@ def export_bundle(
     classes: label names of a classification model, in the order of its logits.
     engines: those to export for; None: all whose files can be made here.
     max_batch_size: the largest batch to train with.
+    micro_batch_sizes: of each stage, `Stage.micro_batch_size`; None: 0 of all.
+    expected_peak_bytes: of a client, one a stage (`export/budget.py`); empty: unknown.
     runtimes: the package `edge_client.engines`, which the check runs the bundle on; None: no check.
     seed: of the check's random inputs.
     Raises `UserError` where arguments do not fit, `ParityError` where the bundle does not follow torch.
     """
     _check_model(model, classes)
+    micro = tuple(micro_batch_sizes or [0] * len(schedule.stages))
+    _check_micro_batches(micro, len(schedule.stages), max_batch_size)
     optimizer = optimizer or AdamW()
     makers = EngineFiles(
         check_engines(exportable() if engines is None else engines), Settings(optimizer, max_batch_size)
@@ -98,7 +105,11 @@ def export_bundle(
         values = parameter_values(model)
         files.add(INITIAL, pack(values))
         cuts = cut_stages(model, schedule.stages)
-        stages = tuple(_stage(number, cut, model, makers, files) for number, cut in enumerate(cuts))
+        stages = tuple(
+            _stage(number, cut, model, makers, files, size)
+            for number, (cut, size) in enumerate(zip(cuts, micro, strict=True))
+        )
+        peaks = expected_peak_bytes or [0] * len(stages)
         manifest = Manifest(
             format=FORMAT,
             builder=model.builder,
@@ -110,7 +121,10 @@ def export_bundle(
             optimizer=optimizer,
             max_batch_size=max_batch_size,
             parameters={name: Parameter(group_of(name), value.shape) for name, value in values.items()},
-            stages=stages,
+            stages=tuple(
+                msgspec.structs.replace(stage, expected_peak_bytes=peak)
+                for stage, peak in zip(stages, peaks, strict=True)
+            ),
             initial=INITIAL,
             files={name: BlobRef.of(content) for name, content in sorted(files.contents.items())},
         )
@@ -128,7 +142,14 @@ def parameter_values(model: Model) -> Arrays:
     return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
 
 
-def _stage(number: int, cuts: StageCuts, model: Model, makers: EngineFiles, files: _Files) -> Stage:
+def _stage(
+    number: int,
+    cuts: StageCuts,
+    model: Model,
+    makers: EngineFiles,
+    files: _Files,
+    micro_batch_size: int,
+) -> Stage:
     def graph(kind: str, cut: Cut, *, on_device: bool = False) -> Graph:
         return _graph(f"stage{number}.{kind}", cut, model, files, makers if on_device else None)
 
@@ -145,13 +166,14 @@ def _stage(number: int, cuts: StageCuts, model: Model, makers: EngineFiles, file
                 role: files.add(f"{engine}/stage{number}.{role}.{ending}", data)
                 for role, (ending, data) in made.items()
             }
-            for engine, made in makers.of_step(cuts.train).items()
+            for engine, made in makers.of_step(cuts.train, micro_batch_size).items()
         },
         segments={
             name: graph(f"{name}.segment", cut, on_device=True) for name, cut in cuts.segments.items()
         },
         encoders={name: graph(f"{name}.encoder", cut) for name, cut in cuts.encoders.items()},
         classifier=graph("classifier", cuts.classifier) if cuts.classifier else None,
+        micro_batch_size=micro_batch_size,
     )
 
 
@@ -179,6 +201,19 @@ def _tokenizers(model: Model) -> dict[str, int]:
         if isinstance(name, str) and isinstance(size, int):
             sizes[name] = min(size, sizes.get(name, size))
     return sizes
+
+
+def _check_micro_batches(sizes: Sequence[int], num_stages: int, max_batch_size: int) -> None:
+    if len(sizes) != num_stages:
+        raise UserError(
+            f"{len(sizes)} sizes of micro-batches for {num_stages} stages",
+            "give one number, or one a stage",
+        )
+    if not all(0 <= size <= max_batch_size for size in sizes):
+        raise UserError(
+            f"micro-batches of {', '.join(map(str, sizes))} examples, the largest batch has {max_batch_size}",
+            "choose numbers from 0, which is none, to that of the largest batch",
+        )
 
 
 def _check_model(model: Model, classes: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
 """The files of each engine for a stage's train step: one table, in the order of preference.
 
-Rules: an engine is one function here: from the cut to role -> (name's ending, content). Stages of equal
-structure have equal files, which are made once.
+Rules: an engine is one function here: from the cut to role -> (name's ending, content), of the roles in
+`wire.manifest.ROLES`. Stages of equal structure have equal files, which are made once.
 
-Next: `export/onnx_step.py`, `export/ort_training.py`, `export/executorch.py`.
+Next: `export/onnx_step.py`, `export/ort_training.py`, `export/executorch.py`; `export/passes.py`, of which
+a step in micro-batches is made.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import onnx
+from torch import fx
 
 from export.graph import content, trace, weights_as_inputs
+from export.passes import Passes, passes
 from export.stage import Cut, TrainCut
 from export.step import loss_and_gradients
 from wire.errors import UserError
@@ -35,42 +38,86 @@ class Settings:
 class Step:
     """What to make the files of.
 
+    cut: the whole step; with micro-batches, the pass that gives gradients.
     loss: the cut as ONNX, with its parameters as initializers.
     structure: the same with parameters as inputs, so it is equal for cuts that differ in their values only.
+    passes: of a step in micro-batches.
     """
 
     cut: TrainCut
     loss: bytes
     structure: bytes
     settings: Settings
+    passes: Passes | None = None
 
     @property
     def parameters(self) -> list[str]:
         """The cut's own names."""
         return [name for name, _ in self.cut.named_parameters()]
 
+    def traced(self) -> fx.GraphModule:
+        """The cut's loss and gradients."""
+        return loss_and_gradients(self.cut, self.structure)
+
 
 def _onnx(step: Step) -> Files:
     from export.onnx_step import train_step
 
-    train = train_step(step.cut, loss_and_gradients(step.cut, step.structure), step.settings.optimizer)
-    return {"train": ("onnx", content(train)), "eval": ("onnx", step.structure)}
+    if step.passes is None:
+        train = train_step(step.cut, step.traced(), step.settings.optimizer)
+        return {"train": ("onnx", content(train)), "eval": ("onnx", step.structure)}
+    from export import onnx_passes
+
+    cut = step.passes.gradients
+    gradients = onnx_passes.gradients(cut, step.traced())
+    update = onnx_passes.update(cut, step.settings.optimizer)
+    files = {"gradients": ("onnx", content(gradients)), "update": ("onnx", content(update))}
+    return files | (_onnx_pairs(step.passes) or {"eval": ("onnx", step.structure)})
+
+
+def _onnx_pairs(passes: Passes) -> Files:
+    """The files that a contrastive loss needs besides, on every ONNX Runtime."""
+    from export import onnx_passes
+
+    if passes.embed is None or passes.pairs is None:
+        return {}
+    graph = loss_and_gradients(passes.pairs, structure_of(passes.pairs), of_inputs=True)
+    pairs = onnx_passes.pairs(passes.pairs, passes.gradients.given, graph)
+    return {"embed": ("onnx", structure_of(passes.embed)), "pairs": ("onnx", content(pairs))}
 
 
 def _ort_training(step: Step) -> Files:
     from export.ort_training import training_files
 
     loss = onnx.load_from_string(step.loss)
-    files = training_files(loss, step.parameters, step.settings.optimizer)
-    return {role: ("ckpt" if role == "checkpoint" else "onnx", data) for role, data in files.items()}
+    made = training_files(loss, step.parameters, step.settings.optimizer)
+    files = {role: ("ckpt" if role == "checkpoint" else "onnx", data) for role, data in made.items()}
+    if step.passes is None:
+        return files
+    files["gradients"] = files.pop("train")
+    if pairs := _onnx_pairs(step.passes):
+        del files["eval"]
+    return files | pairs
 
 
 def _executorch(step: Step) -> Files:
-    from export.executorch import train_program
+    from export.executorch import passes_program, train_program
 
-    graph = loss_and_gradients(step.cut, step.structure)
-    program = train_program(step.cut, graph, step.settings.optimizer, step.settings.max_batch_size)
+    settings = step.settings
+    if step.passes is None:
+        program = train_program(step.cut, step.traced(), settings.optimizer, settings.max_batch_size)
+        return {"program": ("pte", program)}
+    pairs = step.passes.pairs
+    graph = pairs and loss_and_gradients(pairs, structure_of(pairs), of_inputs=True)
+    program = passes_program(step.passes, step.traced(), graph, settings.optimizer, settings.max_batch_size)
     return {"program": ("pte", program)}
+
+
+def structure_of(cut: Cut) -> bytes:
+    """The cut as ONNX, its parameters among the inputs."""
+    model = trace(cut)
+    weights_as_inputs(model, [name for name, _ in cut.named_parameters()])
+    return content(model)
 
 
 EXECUTORCH = "executorch"
@@ -111,19 +158,22 @@ class EngineFiles:
 
     engines: tuple[str, ...]
     settings: Settings
-    _steps: dict[bytes, dict[str, Files]] = field(default_factory=dict)
+    _steps: dict[tuple[bytes, int], dict[str, Files]] = field(default_factory=dict)
     _programs: dict[bytes, bytes] = field(default_factory=dict)
 
-    def of_step(self, cut: TrainCut) -> dict[str, Files]:
+    def of_step(self, cut: TrainCut, micro_batch_size: int = 0) -> dict[str, Files]:
         """Engine -> its files."""
+        made = passes(cut, micro_batch_size) if micro_batch_size else None
+        cut = made.gradients if made else cut
         model = trace(cut)
         loss = content(model)
         weights_as_inputs(model, [name for name, _ in cut.named_parameters()])
         structure = content(model)
-        if structure not in self._steps:
-            step = Step(cut, loss, structure, self.settings)
-            self._steps[structure] = {name: EXPORTERS[name](step) for name in self.engines}
-        return self._steps[structure]
+        key = (structure, micro_batch_size)
+        if key not in self._steps:
+            step = Step(cut, loss, structure, self.settings, made)
+            self._steps[key] = {name: EXPORTERS[name](step) for name in self.engines}
+        return self._steps[key]
 
     def program(self, cut: Cut, graph: bytes) -> bytes | None:
         """The ExecuTorch program of an inference graph, where that engine is among those asked for.

@@ -16,7 +16,7 @@ Next: `export/aten_onnx.py`, the operators; `edge_client/engines/onnx.py`, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import fx
 
 from export.aten_onnx import Writer, write_operation
 from export.graph import BATCH, OPSET, PRODUCER, normalise
-from export.stage import TrainCut
+from export.stage import Cut, TrainCut
 from wire.manifest import AdamW, TensorSpec
 
 STEP, LEARNING_RATE = "step", "learning_rate"
@@ -35,34 +35,42 @@ _KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 def train_step(cut: TrainCut, graph: fx.GraphModule, optimizer: AdamW) -> ModelProto:
     """graph: what `export.step.loss_and_gradients` has made of `cut`. Raises `UserError`."""
-    shapes = {name: tuple(value.shape) for name, value in cut.named_parameters()}
-    names = iter([*shapes, *cut.inputs])
+    shapes = shapes_of(cut)
     writer = Writer(batch=next(iter(cut.inputs)))
-    nodes = list(graph.graph.nodes)
-    gradients: dict[fx.Node, list[str]] = {}
-    for name, node in zip(shapes, _results(nodes)[1:], strict=True):
-        gradients.setdefault(node, []).append(name)
-    adamw = _AdamW(writer, optimizer)
-    for node in nodes:
+    adamw = Update(writer, optimizer)
+    loss, *gradients = write_operations(writer, cut, graph)
+    writer.write("Identity", loss, to="loss")
+    used_up(writer, dict(zip(shapes, gradients, strict=True)), adamw.update)
+    moments = values(shapes, *(f".{kind}" for kind in SUMS))
+    made = values(shapes, ".next", *(f".{kind}.next" for kind in SUMS))
+    given = [*values(shapes, ""), *moments, value(STEP, ()), value(LEARNING_RATE, ())]
+    return model_of(writer, [*given, *batches(cut.inputs)], [value("loss", ()), *made])
+
+
+def write_operations(writer: Writer, cut: Cut, graph: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """Write all of `graph`, what `loss_and_gradients` has made of `cut`; its results."""
+    names = iter([*shapes_of(cut), *cut.inputs])
+    results: Any = ()
+    for node in graph.graph.nodes:
         if node.op == "placeholder":
             writer.names[node] = next(names)
         elif node.op == "get_attr":  # a buffer of the model
             writer.names[node] = writer.constant(getattr(graph, str(node.target)).numpy())
         elif node.op == "call_function":
             write_operation(writer, node)
-    writer.nodes.append(helper.make_node("Identity", [writer.name(_results(nodes)[0])], ["loss"]))
-    updates = [adamw.update(name, node) for node in nodes for name in gradients.get(node, ())]
-    writer.nodes += [node for update in reversed(updates) for node in update]
-    return _model(writer, cut.inputs, shapes)
-
-
-def _results(nodes: Sequence[fx.Node]) -> Sequence[Any]:
-    """The loss, then the gradients."""
-    results: Any = nodes[-1].args[0]
+        else:
+            results = node.args[0]
     return tuple(results)
 
 
-class _AdamW:
+def used_up(writer: Writer, gradients: dict[str, fx.Node], use: Callable[[str, fx.Node], object]) -> None:
+    """Write what `use` does with each gradient, given by its parameter, last the one that comes first."""
+    order = {node: place for place, node in enumerate(writer.names)}
+    for name in sorted(gradients, key=lambda name: -order[gradients[name]]):
+        use(name, gradients[name])
+
+
+class Update:
     """Writes the update of one parameter after the other, in eleven operators.
 
     Adam's averages are (1 - beta) times the sums kept here. So with m = (1 - beta1) M, v = (1 - beta2) V,
@@ -90,10 +98,9 @@ class _AdamW:
         decay = write("Sub", number(1), write("Mul", rate, number(settings.weight_decay)))
         self._decay = writer.cast(decay, TensorProto.FLOAT)
 
-    def update(self, name: str, gradient: fx.Node) -> list[NodeProto]:
-        """The nodes of the new value and sums of the parameter `name`."""
-        writer, settings = self._writer, self._settings
-        write, before = writer.write, len(writer.nodes)
+    def update(self, name: str, gradient: fx.Node | str) -> None:
+        """Write the new value and sums of the parameter `name`."""
+        write, settings = self._writer.write, self._settings
         first, second = (f"{name}.{kind}" for kind in SUMS)
         total = write("Add", write("Mul", first, settings.beta1), gradient, to=f"{first}.next")
         square = write("Mul", gradient, gradient)
@@ -101,28 +108,30 @@ class _AdamW:
         share = write("Div", total, write("Add", write("Sqrt", total_sq), self._floor))
         decayed = write("Mul", name, self._decay)
         write("Sub", decayed, write("Mul", share, self._scale), to=f"{name}.next")
-        nodes = writer.nodes[before:]
-        del writer.nodes[before:]
-        return nodes
 
 
-def _model(writer: Writer, inputs: dict[str, TensorSpec], shapes: dict[str, tuple[int, ...]]) -> ModelProto:
-    def value(name: str, shape: tuple[Any, ...], kind: int = TensorProto.FLOAT) -> Any:
-        return helper.make_tensor_value_info(name, kind, shape)
+def shapes_of(cut: Cut) -> dict[str, tuple[int, ...]]:
+    """Local parameter name -> shape."""
+    return {name: tuple(parameter.shape) for name, parameter in cut.named_parameters()}
 
-    given = [
-        value(f"{name}{suffix}", shape)
-        for suffix in ("", *(f".{kind}" for kind in SUMS))
-        for name, shape in shapes.items()
-    ]
-    given += [value(STEP, ()), value(LEARNING_RATE, ())]
-    given += [value(name, (BATCH, *spec.shape), _KINDS[spec.dtype]) for name, spec in inputs.items()]
-    made = [value("loss", ())]
-    made += [
-        value(f"{name}{suffix}.next", shape)
-        for suffix in ("", *(f".{kind}" for kind in SUMS))
-        for name, shape in shapes.items()
-    ]
+
+def value(name: str, shape: tuple[Any, ...], kind: int = TensorProto.FLOAT) -> Any:
+    """What a graph says of an input or output."""
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def values(shapes: dict[str, tuple[int, ...]], *endings: str) -> list[Any]:
+    """For each ending one float32 value a parameter."""
+    return [value(f"{name}{ending}", shape) for ending in endings for name, shape in shapes.items()]
+
+
+def batches(inputs: dict[str, TensorSpec]) -> list[Any]:
+    """Values of an open first size."""
+    return [value(name, (BATCH, *spec.shape), _KINDS[spec.dtype]) for name, spec in inputs.items()]
+
+
+def model_of(writer: Writer, given: list[Any], made: list[Any]) -> ModelProto:
+    """The graph from `given` to `made`, of what has been written as far as it is needed."""
     nodes = _needed(writer.nodes, {one.name for one in made})
     used = {name for node in nodes for name in node.input}
     constants = [tensor for tensor in writer.constants.values() if tensor.name in used]

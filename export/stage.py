@@ -51,11 +51,15 @@ class TrainCut(Cut):
     def forward(self, *values: Tensor) -> Tensor:
         """`values`: batches [B, ...] of `inputs`."""
         batch = dict(zip(self.inputs, values, strict=True))
+        return self.head.loss(self.embeddings(batch), batch.get(LABEL))
+
+    def embeddings(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Modality -> float32 [B, E]."""
         embeddings = {}
         for name, section in self.sections.items():
             mask = batch.get(f"{name}_mask")
             embeddings[name] = self.head.embed(name, section(batch[name], mask), mask)
-        return self.head.loss(embeddings, batch.get(LABEL))
+        return embeddings
 
 
 class SegmentCut(Cut):
@@ -163,7 +167,7 @@ def example(
             batch[name] = (torch.arange(spec.shape[0]) < lengths).float()
         else:
             offset = torch.randn(
-                (batch_size, *[1] * (len(spec.shape) - 1), spec.shape[-1]), generator=generator
+                (batch_size, *[1] * (len(spec.shape) - 1), *spec.shape[-1:]), generator=generator
             )
             batch[name] = torch.randn(shape, generator=generator) + offset
     return batch

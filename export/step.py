@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from export.stage import Cut, TrainCut, example
+from export.stage import Cut, example
 from wire.errors import UserError
 
 aten = torch.ops.aten
@@ -35,33 +35,41 @@ _TRACE_BATCH = 19  # no other size is likely to be the same
 _traced: dict[bytes, fx.GraphModule] = {}
 
 
-def loss_and_gradients(cut: TrainCut, structure: bytes) -> fx.GraphModule:
+def loss_and_gradients(cut: Cut, structure: bytes, *, of_inputs: bool = False) -> fx.GraphModule:
     """(parameters..., inputs...) -> (loss float32 [], gradients...), in `cut`'s order of both.
 
+    of_inputs: the gradients of the inputs come first; then those of the parameters, each as one row
+    [B, ...] an example, which add up to it.
     Every node's `meta["val"]` tells its shape. structure: equal for cuts that differ in the values of their
     parameters only. Each is traced once in a process, for that takes seconds, so the graph is to be read,
     not changed. Raises `UserError` for a model whose operations depend on the size of the batch.
     """
     if structure not in _traced:
-        _traced[structure] = _trace(cut)
+        _traced[structure] = _trace(cut, of_inputs=of_inputs)
     return _traced[structure]
 
 
-def _trace(cut: TrainCut) -> fx.GraphModule:
+def _trace(cut: Cut, *, of_inputs: bool) -> fx.GraphModule:
     names = [name for name, _ in cut.named_parameters()]
 
-    def compute(*values: Tensor) -> tuple[Tensor, ...]:
+    def loss(parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        with FlatLinear():
+            result: Tensor = torch.func.functional_call(cut, parameters, inputs)
+        return result
+
+    def of_parameters(*values: Tensor) -> tuple[Tensor, ...]:
         parameters = dict(zip(names, values, strict=False))
-
-        def loss(parameters: dict[str, Tensor]) -> Tensor:
-            with FlatLinear():
-                result: Tensor = torch.func.functional_call(cut, parameters, values[len(names) :])
-            return result
-
-        gradients, value = torch.func.grad_and_value(loss)(parameters)
+        gradients, value = torch.func.grad_and_value(loss)(parameters, values[len(names) :])
         return (value, *(gradients[name] for name in names))
 
-    graph = traced(cut, compute)
+    def of_both(*values: Tensor) -> tuple[Tensor, ...]:
+        parameters, inputs = dict(zip(names, values, strict=False)), values[len(names) :]
+        both, value = torch.func.grad_and_value(loss, argnums=(0, 1))(parameters, inputs)
+        examples = inputs[0].shape[0]
+        rows = [(both[0][name] / examples).expand(examples, *both[0][name].shape) for name in names]
+        return (value, *both[1], *rows)
+
+    graph = traced(cut, of_both if of_inputs else of_parameters)
     sizes = [node.meta["val"].shape[0] for node in _placeholders(graph)[len(names) :]]
     if any(not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None for size in sizes):
         raise UserError(

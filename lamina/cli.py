@@ -30,6 +30,7 @@ COMMANDS = {
     "run": "lamina.run:command",
     "data": "lamina.data.command:command",
     "export": "lamina.export_command:command",
+    "plan": "lamina.plan_command:command",
     "broker": "lamina.broker:command",
     "aggregator": "lamina.aggregator_command:command",
     "client": "lamina.client_command:command",

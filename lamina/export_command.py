@@ -6,17 +6,18 @@ Next: `export/bundle.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.options import column_option, config_option, model_options, pairs
+from lamina.options import column_option, config_option, memory_budget_option, model_options, pairs
 from wire.errors import UserError
 
 if TYPE_CHECKING:
-    from wire.manifest import Manifest
+    from wire.manifest import Manifest, Stage
 
 
 @click.command("export", short_help="Write the training artifacts of every stage.")
@@ -24,7 +25,19 @@ if TYPE_CHECKING:
 @click.option(
     "--rounds", default="10", show_default=True, help="Of every stage, or one number a stage: 10,10,20."
 )
-@click.option("--blocks-per-stage", default=1, show_default=True, help="Blocks that a stage attaches.")
+@click.option(
+    "--blocks-per-stage",
+    type=int,
+    help="Blocks that a stage attaches.  [default: 1, or what fits a --memory-budget]",
+)
+@memory_budget_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 2**16),
+    default=32,
+    show_default=True,
+    help="Examples in a train step of the run that --memory-budget is for.",
+)
 @click.option(
     "--data",
     multiple=True,
@@ -74,7 +87,9 @@ def command(
     options: tuple[str, ...],
     schedule: str,
     rounds: str,
-    blocks_per_stage: int,
+    blocks_per_stage: int | None,
+    memory_budget: int | None,
+    batch_size: int,
     warm_start: str,
     data: tuple[Path, ...],
     columns: tuple[str, ...],
@@ -91,6 +106,10 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the training artifacts of every stage, checked against torch."""
+    if memory_budget is not None and batch_size > max_batch_size:
+        raise UserError(
+            f"--batch-size {batch_size} is over --max-batch-size {max_batch_size}", "raise the latter"
+        )
     texts, classes = _examples(data, pairs(columns, "--column"))
     each = _rounds(rounds)
     builder_options = _options(options)
@@ -100,8 +119,12 @@ def command(
         import torch
 
         import edge_client.engines as engines
-        from export.bundle import export_bundle
-        from export.schedules import SCHEDULES
+        from export.budget import Budget, fit
+        from export.bundle import Exported, export_bundle
+        from export.engines import check_engines, exportable
+        from export.observe import skeleton
+        from export.schedules import SCHEDULES, Schedule
+        from lamina.within_budget import export_within
         from models.registry import build
     except ImportError as error:
         raise UserError(f"exporting needs {error.name}", 'pip install "lamina[export]"') from error
@@ -109,22 +132,44 @@ def command(
 
     torch.manual_seed(seed)
     built = build(model, **builder_options)
-    extra = (
-        {} if schedule == "end_to_end" else {"blocks_per_stage": blocks_per_stage, "warm_start": warm_start}
-    )
-    exported = export_bundle(
-        built,
-        SCHEDULES[schedule](built.depths, each, **extra),
-        out,
-        texts=texts,
-        classes=classes if built.task == "classification" else (),
-        optimizer=AdamW(beta1, beta2, eps, weight_decay),
-        engines=names or None,
-        max_batch_size=max_batch_size,
-        runtimes=engines if check else None,
-        seed=seed,
-        force=force,
-    )
+
+    def write(stages: Schedule, folder: Path, *, force: bool, **planned: Sequence[int]) -> Exported:
+        return export_bundle(
+            built,
+            stages,
+            folder,
+            texts=texts,
+            classes=classes if built.task == "classification" else (),
+            optimizer=AdamW(beta1, beta2, eps, weight_decay),
+            engines=names or None,
+            max_batch_size=max_batch_size,
+            runtimes=engines if check else None,
+            seed=seed,
+            force=force,
+            **planned,
+        )
+
+    measured: Sequence[Mapping[str, int]] = ()
+    if memory_budget is None:
+        extra = {"blocks_per_stage": blocks_per_stage or 1, "warm_start": warm_start}
+        made = SCHEDULES[schedule](built.depths, each, **({} if schedule == "end_to_end" else extra))
+        exported = write(made, out, force=force)
+    else:
+        within = export_within(
+            Budget(memory_budget, batch_size, check_engines(names or exportable())),
+            partial(
+                fit,
+                skeleton(built.builder, built.builder_options),
+                name=schedule,
+                rounds=each,
+                blocks_per_stage=blocks_per_stage,
+                warm_start=warm_start,
+            ),
+            write,
+            out,
+            force=force,
+        )
+        exported, measured = within.exported, within.measured
     manifest, counts = exported.manifest, parameter_counts(exported.manifest)
     stages = [sum(counts[group] for group in stage.trainable) for stage in manifest.stages]
     sizes = {name: _size(manifest, name) for name in manifest.stages[0].engines}
@@ -135,17 +180,34 @@ def command(
         size = sum(ref.size_bytes for ref in manifest.files.values())
         result: dict[str, Any] = {"bundle": str(out), "schedule": schedule, "trained_parameters": stages}
         result |= {"size_bytes": size, "engine_bytes": sizes, "relative_error": parity}
+        if memory_budget is not None:
+            result["memory"] = [
+                {
+                    "micro_batch_size": stage.micro_batch_size,
+                    "expected_peak_bytes": stage.expected_peak_bytes,
+                    "measured_peak_bytes": peaks,
+                }
+                for stage, peaks in zip(manifest.stages, measured, strict=True)
+            ]
         click.echo(json.dumps(result))
         return
     for number, (stage, count) in enumerate(zip(manifest.stages, stages, strict=True), 1):
         click.echo(
             f"stage {number}: {count:,} parameters in {', '.join(stage.trainable)}; {stage.rounds} rounds"
         )
+        if memory_budget is not None:
+            click.echo(f"stage {number}: {_memory(stage, measured[number - 1])}")
     for engine, size in sizes.items():
         click.echo(f"a client with {engine} fetches {size / 1e3:,.0f} kB of graphs, all stages together")
     if exported.parity:
         click.echo(str(exported.parity))
     click.echo(f"bundle in {out}")
+
+
+def _memory(stage: Stage, measured: Mapping[str, int]) -> str:
+    found = ", ".join(f"{engine} {peak / 1e6:.0f} MB" for engine, peak in measured.items())
+    at_once = f"{stage.micro_batch_size} examples at once" if stage.micro_batch_size else "whole batches"
+    return f"{at_once}, {stage.expected_peak_bytes / 1e6:.0f} MB expected, measured: {found or 'nothing'}"
 
 
 def _size(manifest: Manifest, engine: str) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -24,6 +25,8 @@ else:
 
 STOP_WITH_STDIN = "LAMINA_STOP_WITH_STDIN"
 """Environment variable: stop when standard input closes, as it does when the parent has ended."""
+
+_UNITS = {"B": 1, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -65,6 +68,16 @@ def feature_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def memory_budget_option(function: F) -> F:
+    """`--memory-budget`, in bytes: what a client's process may use."""
+    return click.option(
+        "--memory-budget",
+        metavar="AMOUNT",
+        callback=lambda _context, _option, text: None if text is None else _bytes(text),
+        help="What a client may use, such as 200MB: decides blocks per stage and micro-batches.",
+    )(function)
 
 
 def column_option(function: F) -> F:
@@ -159,6 +172,15 @@ def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
         if "=" not in value:
             raise UserError(f"{option} {value} has no =", f"write {option} name=value")
     return dict(value.split("=", 1) for value in values)
+
+
+def _bytes(text: str) -> int:
+    """`200MB`, `190 MiB` or `1.5GB` as a number of bytes. Raises `UserError`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]?i?B)", text, re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+    if not size:
+        raise UserError(f"{text!r} is not an amount of memory", "write 200MB, 190MiB or 1.5GB")
+    return size
 
 
 def when_told_to_stop(stop: Callable[[], object]) -> None:

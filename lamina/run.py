@@ -31,6 +31,7 @@ from lamina.options import (
     config_option,
     engine_option,
     feature_options,
+    memory_budget_option,
     model_options,
     pairs,
     plan_options,
@@ -52,7 +53,7 @@ class LocalRun:
     """What the options say.
 
     folder: of this run. broker: None for our own. engines: of the clients, in turn.
-    features: client options. plan: aggregator options.
+    features: client options. memory_budget: of a client, in bytes. plan: aggregator options.
     """
 
     name: str
@@ -67,6 +68,7 @@ class LocalRun:
     engines: tuple[str, ...]
     threads: int
     features: tuple[str, ...]
+    memory_budget: int | None
     broker: str | None
     plan: dict[str, Any]
 
@@ -100,6 +102,7 @@ class LocalRun:
     help="Threads of each client's train step.  [default: its share of the cores]",
 )
 @feature_options
+@memory_budget_option
 @click.option(
     "--dir",
     "folder",
@@ -125,6 +128,7 @@ def command(
     threads: int,
     feature_dtype: str,
     max_feature_mb: int | None,
+    memory_budget: int | None,
     folder: Path,
     name: str | None,
     as_json: bool,
@@ -165,6 +169,7 @@ def command(
             *("--feature-dtype", feature_dtype),
             *(() if max_feature_mb is None else ("--max-feature-mb", str(max_feature_mb))),
         ),
+        memory_budget=memory_budget,
         broker=broker,
         plan=plan,
     )
@@ -200,7 +205,11 @@ async def conduct(run: LocalRun, view: View) -> RunClosed:
     async with Processes(run.folder / "logs", view.note) as processes:
         view.status(f"exporting {run.model} for {run.schedule}, and checking it against torch")
         bundle = run.folder / "bundle"
-        await processes.run("export", "export", *_export_arguments(run, bundle))
+        told = await processes.run("export", "export", *_export_arguments(run, bundle))
+        if run.memory_budget is not None:
+            for line in told.splitlines():
+                if "expected" in line:
+                    view.note(line)
         broker_ends: Coroutine[Any, Any, Any]
         if run.broker is None:
             url, broker_ends = await _start_broker(processes)
@@ -271,6 +280,9 @@ def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
     arguments += ["--max-batch-size", str(max(64, run.plan["batch_size"]))]
+    if run.memory_budget is not None:
+        arguments += ["--memory-budget", f"{run.memory_budget}B"]
+        arguments += ["--batch-size", str(run.plan["batch_size"])]
     arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
     return [*arguments, *_columns(run), "--out", str(bundle)]
 

@@ -69,16 +69,19 @@ def bundle(
     engines: Sequence[str] = FAST,
     runtimes: Any = None,
     force: bool = False,
+    micro_batch_size: int = 0,
     **options: Any,
 ) -> Exported:
+    plan = SCHEDULES[schedule](model.depths, 2, **options)
     return export_bundle(
         model,
-        SCHEDULES[schedule](model.depths, 2, **options),
+        plan,
         out,
         texts=TEXTS,
         classes=CLASSES if model.task == "classification" else (),
         optimizer=optimizer,
         engines=engines,
+        micro_batch_sizes=[micro_batch_size] * len(plan.stages),
         runtimes=runtimes,
         force=force,
     )

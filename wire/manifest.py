@@ -26,18 +26,30 @@ import msgspec
 
 from wire.errors import Malformed, PeerError, TooLarge, UserError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Shape = tuple[Annotated[int, msgspec.Meta(ge=0, le=2**31)], ...]
-ROLES: dict[str, frozenset[str]] = {
-    "onnx": frozenset({"train", "eval"}),
-    "executorch": frozenset({"program"}),
-    "ort-training": frozenset({"train", "eval", "optimizer", "checkpoint"}),
+WHOLE = "whole"
+ROLES: dict[str, dict[str, frozenset[str]]] = {
+    "onnx": {
+        WHOLE: frozenset({"train", "eval"}),
+        "contrastive": frozenset({"embed", "pairs", "gradients", "update"}),
+        "classification": frozenset({"gradients", "update", "eval"}),
+    },
+    "executorch": dict.fromkeys((WHOLE, "contrastive", "classification"), frozenset({"program"})),
+    "ort-training": {
+        WHOLE: frozenset({"train", "eval", "optimizer", "checkpoint"}),
+        "contrastive": frozenset({"embed", "pairs", "gradients", "optimizer", "checkpoint"}),
+        "classification": frozenset({"gradients", "eval", "optimizer", "checkpoint"}),
+    },
 }
-"""Engine -> the roles of its files in a stage."""
+"""Engine -> the roles of its files in a stage: of one that steps on whole batches, or of one that steps in
+micro-batches, by task. `embed` gives the embeddings of a micro-batch, `pairs` the loss of all embeddings and
+its gradients, `gradients` adds those of a micro-batch to their sums, `update` or `optimizer` is AdamW.
+"""
 _MAX_VALUES = 2**33  # of one parameter; no device holds as many
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _MODALITY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -134,6 +146,10 @@ class Stage(msgspec.Struct, frozen=True):
         earlier stage has none.
     encoders: modality -> the model cut at this stage, raw inputs -> embeddings float32 [B, E].
     classifier: for classification, embeddings of all modalities -> `logits` float32 [B, C].
+    micro_batch_size: the most examples that a train step runs the network on at a time; the step is that
+        of the whole batch all the same. 0: all of the batch.
+    expected_peak_bytes: what a client's process was expected to need when the bundle was made for a budget,
+        with the engine that needs most; 0: there was none.
     """
 
     trainable: tuple[str, ...]
@@ -146,6 +162,8 @@ class Stage(msgspec.Struct, frozen=True):
     segments: dict[str, Graph]
     encoders: dict[str, Graph]
     classifier: Graph | None = None
+    micro_batch_size: Annotated[int, msgspec.Meta(ge=0, le=2**16)] = 0
+    expected_peak_bytes: Count = 0
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -206,8 +224,11 @@ class Manifest(msgspec.Struct, frozen=True):
             named = [*stage.trainable, *stage.frozen]
             if len(set(named)) != len(named):
                 raise ValueError("a stage names a group twice")
+            if stage.micro_batch_size > self.max_batch_size:
+                raise ValueError("a micro-batch is larger than the largest batch")
+            steps = self.task if stage.micro_batch_size else WHOLE
             for engine, files in stage.engines.items():
-                if files.keys() != ROLES.get(engine, files.keys()):
+                if engine in ROLES and files.keys() != ROLES[engine][steps]:
                     raise ValueError(f"a stage has not the files of an engine {engine!r}")
             if "executorch" in stage.engines and not all(one.program for one in stage.segments.values()):
                 raise ValueError("a segment has no program for the engine executorch")

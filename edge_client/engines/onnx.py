@@ -5,7 +5,11 @@ step copies nothing. Moments are written over themselves: the only operator that
 one that writes it. A parameter is still read when its new value is written, so there are two of each, and
 steps go from one to the other. `load` starts anew.
 
-Next: `export/onnx_step.py`, which makes the files and says what their inputs are called.
+A step in micro-batches is a graph for each pass. Gradients add up in arrays of their own, and AdamW, which
+then is alone, writes parameters over themselves.
+
+Next: `export/onnx_step.py` and `export/onnx_passes.py`, which make the files and say what their inputs are
+called; `edge_client/engines/micro_batches.py`, the order of the passes.
 """
 
 from __future__ import annotations
@@ -17,12 +21,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.engines import onnx_runtime
+from edge_client.engines import micro_batches, onnx_runtime
+from edge_client.engines.micro_batches import Batch
 from wire.errors import LocalError
 from wire.manifest import Manifest
 from wire.tensors import Array, Arrays
 
 _NAME = "onnx"
+_MOMENTS = ("exp_sum", "exp_sum_sq")
+_SUM = "gradient_sum"
 
 
 class Onnx:
@@ -36,11 +43,14 @@ class Onnx:
         self._files: dict[str, Path] = {role: file(name) for role, name in entry.engines[_NAME].items()}
         self._names = dict(entry.parameters)
         self._inputs = entry.inputs
+        self._task, self._size = manifest.task, entry.micro_batch_size
         self._threads = threads
-        self._session: Any = None
-        self._values: list[Arrays] = []  # now, and after the next step: graph name -> float32
+        self._sessions: dict[str, Any] = {}  # by role
+        self._values: Arrays = {}  # graph name -> float32
         self._moments: Arrays = {}
-        self._bindings: list[Any] = []  # from the first to the second, and back; they borrow memory only
+        self._following: Arrays = {}  # of a step on whole batches: what `_values` is after the next one
+        self._sums: Arrays = {}  # of a step in micro-batches
+        self._bindings: list[Any] = []  # of the graphs that train, in turn; they borrow memory only
         self._loss = np.zeros((), np.float32)
         self._step = np.zeros((), np.float32)
         self._learning_rate = np.zeros((), np.float32)
@@ -53,52 +63,71 @@ class Onnx:
     def load(self, parameters: Mapping[str, Array]) -> None:
         """As in `Engine`."""
         self.close()
-        self._session = onnx_runtime.open_session(self._files["train"], self._threads)
-        first = {
+        for role in self._files.keys() - {"eval"}:
+            self._open(role)
+        values = self._values = {
             name: np.array(parameters[torch_name], np.float32, order="C")
             for name, torch_name in self._names.items()
         }
-        second = {name: np.empty_like(value) for name, value in first.items()}
-        self._values = [first, second]
-        self._moments = {
-            f"{name}.{moment}": np.zeros_like(value)
-            for name, value in first.items()
-            for moment in ("exp_sum", "exp_sum_sq")
+        moments = self._moments = {
+            f"{name}.{moment}": np.zeros_like(value) for name, value in values.items() for moment in _MOMENTS
         }
-        self._bindings = [self._bound(first, second), self._bound(second, first)]
+        scalars = {"step": self._step, "learning_rate": self._learning_rate}
+        loss = {"loss": self._loss}
+        if self._size:
+            sums = self._sums = {f"{name}.{_SUM}": np.zeros_like(value) for name, value in values.items()}
+            self._bindings = [
+                self._bound("gradients", values | sums, loss | _next(sums)),
+                self._bound("update", values | sums | moments | scalars, _next(values | moments)),
+            ]
+        else:
+            after = self._following = {name: np.empty_like(value) for name, value in values.items()}
+            self._bindings = [
+                self._bound("train", now | moments | scalars, loss | _next(then | moments))
+                for now, then in ((values, after), (after, values))
+            ]
         self._step[...] = 0
 
-    def train_step(self, batch: Mapping[str, npt.NDArray[Any]], learning_rate: float) -> float:
+    def train_step(self, batch: Batch, learning_rate: float) -> float:
         """As in `Engine`."""
         self._loaded()
-        binding = self._bindings[0]
-        arrays = self._feeds(batch)
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, array)
+        fed = self._feeds(batch)
         self._step += 1
         self._learning_rate[...] = learning_rate
-        self._session.run_with_iobinding(binding)
-        self._values.reverse()
-        self._bindings.reverse()
-        return float(self._loss)
+        if not self._size:
+            loss = self._train("train", fed)
+            self._values, self._following = self._following, self._values
+            self._bindings.reverse()
+            return loss
+        for total in self._sums.values():
+            total.fill(0)
+        loss = micro_batches.whole_gradients(self, fed, self._size, self._task)
+        self._sessions["update"].run_with_iobinding(self._bindings[1])
+        return loss
 
-    def evaluate(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
-        """As in `Engine`. The graph is opened for this call: while training, its memory is better used."""
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """As in `Engine`. A graph for it alone is opened for this call: while training, its memory is better
+        used.
+        """
         self._loaded()
-        session = onnx_runtime.open_session(self._files["eval"], self._threads)
-        (loss,) = session.run(["loss"], self._feeds(batch) | self._values[0])
-        return {"loss": float(loss)}
+        fed = self._feeds(batch)
+        if "eval" in self._files:
+            self._open("eval")
+        whole = micro_batches.whole_loss
+        loss = whole(self, fed, self._size, self._task) if self._size else self.part_of_loss(fed)
+        self._sessions.pop("eval", None)
+        return {"loss": loss}
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""
         self._loaded()
-        return {torch_name: self._values[0][name].copy() for name, torch_name in self._names.items()}
+        return {torch_name: self._values[name].copy() for name, torch_name in self._names.items()}
 
     def close(self) -> None:
         """As in `Engine`."""
         self._bindings = []
-        self._session = None
-        self._values, self._moments = [], {}
+        self._sessions = {}
+        self._values, self._moments, self._following, self._sums = {}, {}, {}, {}
 
     def __enter__(self) -> Onnx:
         return self
@@ -106,22 +135,60 @@ class Onnx:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
+    def embed(self, batch: Batch) -> Arrays:
+        """As in `micro_batches.Passes`."""
+        return self._infer("embed", batch)
+
+    def pairs(self, embeddings: Arrays) -> tuple[float, Arrays]:
+        """As in `micro_batches.Passes`."""
+        given = self._infer("pairs", embeddings)
+        return float(given.pop("loss")), given
+
+    def gradients(self, batch: Batch) -> float:
+        """As in `micro_batches.Passes`."""
+        return self._train("gradients", batch)
+
+    def part_of_loss(self, batch: Batch) -> float:
+        """As in `micro_batches.Passes`."""
+        return float(self._infer("eval", batch)["loss"])
+
+    def _open(self, role: str) -> None:
+        self._sessions[role] = onnx_runtime.open_session(self._files[role], self._threads)
+
     def _loaded(self) -> None:
-        if self._session is None:
+        if not self._sessions:
             raise LocalError("an engine was used before it was loaded")
 
-    def _feeds(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def _feeds(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
         return {name: np.ascontiguousarray(batch[name], spec.dtype) for name, spec in self._inputs.items()}
 
-    def _bound(self, before: Arrays, after: Arrays) -> Any:
-        """A step from one set of parameters to the other."""
+    def _infer(self, role: str, batch: Batch) -> Arrays:
+        """All outputs of a graph of data and parameters."""
+        session = self._sessions[role]
+        names = [value.name for value in session.get_inputs()]
+        feeds = {name: batch[name] if name in batch else self._values[name] for name in names}
+        outputs = [value.name for value in session.get_outputs()]
+        return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+
+    def _train(self, role: str, batch: Batch) -> float:
+        """The loss; all else is written where it is bound."""
+        binding = self._bindings[0]
+        for name, array in batch.items():
+            binding.bind_cpu_input(name, array)
+        self._sessions[role].run_with_iobinding(binding)
+        return float(self._loss)
+
+    def _bound(self, role: str, before: Arrays, after: Arrays) -> Any:
+        """A run of a graph on these arrays: what it reads, and what it writes."""
         value = onnx_runtime.onnxruntime().OrtValue.ortvalue_from_numpy
-        binding = self._session.io_binding()
-        for name, array in (before | self._moments).items():
+        binding = self._sessions[role].io_binding()
+        for name, array in before.items():
             binding.bind_ortvalue_input(name, value(array))
-        for name, array in (after | self._moments).items():
-            binding.bind_ortvalue_output(f"{name}.next", value(array))
-        binding.bind_ortvalue_input("step", value(self._step))
-        binding.bind_ortvalue_input("learning_rate", value(self._learning_rate))
-        binding.bind_ortvalue_output("loss", value(self._loss))
+        for name, array in after.items():
+            binding.bind_ortvalue_output(name, value(array))
         return binding
+
+
+def _next(arrays: Arrays) -> Arrays:
+    """Under the names that a graph gives to new values."""
+    return {f"{name}.next": array for name, array in arrays.items()}
