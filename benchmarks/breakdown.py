@@ -77,12 +77,12 @@ def memory() -> dict[str, float]:
     return {"resident_mb": of("VmRSS"), "peak_mb": of("VmHWM")}
 
 
-def take_steps(until: str, **work: Any) -> dict[str, float]:
-    """In this process. Imports are where a client has them for the first time."""
+def take_steps(work: dict[str, Any]) -> dict[str, float]:
+    """All up to `work["until"]`, in this process; its memory then."""
     kept: dict[str, Any] = {}
     for name in STEPS:
         _ACTIONS[name](kept, work)
-        if name == until:
+        if name == work["until"]:
             break
     return memory()
 
@@ -187,4 +187,4 @@ _ACTIONS = dict(
 )
 
 if __name__ == "__main__":
-    print(json.dumps(take_steps(**json.loads(sys.argv[1]))))
+    print(json.dumps(take_steps(json.loads(sys.argv[1]))))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tables import EXACT
+
 try:
     import matplotlib
 except ImportError:
@@ -109,9 +111,9 @@ def draw_curves(curves: dict[str, Result], path: Path, model: str) -> None:
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
-    exact = curves.get("float32 cache")
+    exact = curves[EXACT]
     styles = {
-        "float32 cache": (GREY, "-", 4.0),
+        EXACT: (GREY, "-", 4.0),
         "float16 cache": (BLUE, "-", 1.6),
         "recomputed": (ORANGE, "--", 1.6),
     }
@@ -119,7 +121,7 @@ def draw_curves(curves: dict[str, Result], path: Path, model: str) -> None:
         colour, line, width = styles[name]
         rounds = range(1, len(one["losses"]) + 1)
         above.plot(rounds, one["losses"], line, color=colour, linewidth=width, label=name)
-        if exact is not None and one is not exact:
+        if one is not exact:
             apart = [abs(a - b) for a, b in zip(one["losses"], exact["losses"], strict=True)]
             below.plot(rounds, apart, line, color=colour, linewidth=width, label=name)
     ends = 0.5

@@ -14,7 +14,7 @@ from typing import Any
 
 from lamina_rows import ROWS
 from scale import SCALES
-from tables import FLOWER, beside, budgets, differences, growth, ratios, seeds, table
+from tables import EXACT, FLOWER, SEEDED, beside, budgets, differences, growth, ratios, seeds, table
 
 ORDER = (*ROWS, FLOWER)
 MOMENTS = "AdamW's moments take memory when the first step writes them."
@@ -90,9 +90,11 @@ def section(model: str, settings: Result, parts: dict[str, dict[str, Result]], d
     if {"cached", "recompute"} <= rows.keys():
         lines += [growth(rows), ""]
         lines.append(picture(draw_rounds, rows, f"resources-{model}-rounds", "Seconds of a round by stage"))
-    if parts.get("seeds"):
-        lines += [seeds(parts["seeds"]), ""]
-    if len(curves := parts.get("curves", {})) > 1:
+    if parts.get("seeds") and rows.keys() >= set(SEEDED):
+        lines += [seeds(rows, parts["seeds"]), ""]
+    if parts.get("curves") and {"cached", "recompute"} <= rows.keys():
+        curves = {EXACT: parts["curves"]["float32"], "float16 cache": rows["cached"]}
+        curves["recomputed"] = rows["recompute"]
         lines += [differences(curves), ""]
         lines.append(picture(draw_curves, curves, f"resources-{model}-loss", "Training loss by round"))
     if steps := parts.get("breakdown"):

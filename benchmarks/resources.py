@@ -26,8 +26,8 @@ from flower_row import environment, measure_flower  # noqa: E402
 from lamina_rows import ROWS, Row, measure_row  # noqa: E402
 from report import write_report  # noqa: E402
 from results import Results  # noqa: E402
-from scale import SCALES, Scale, prepared  # noqa: E402
-from tables import FLOWER  # noqa: E402
+from scale import SCALES, SEED, Scale, prepared  # noqa: E402
+from tables import FLOWER, SEEDED  # noqa: E402
 
 PARTS = {
     "tiny": ("rows", "seeds", "curves"),
@@ -76,23 +76,21 @@ def rows(results: Results, scale: Scale, data: Path, out: Path, names: list[str]
 
 
 def seeds(results: Results, scale: Scale, data: Path, out: Path, count: int) -> None:
-    """Whether compressed updates train as well: exact and int8, from `count` seeds."""
-    for seed in range(count):
-        for name in ("cached", "int8"):
+    """Whether compressed updates train as well: exact and int8, from `count` seeds, the first the rows'."""
+    rows(results, scale, data, out, list(SEEDED))
+    for seed in range(SEED + 1, SEED + count):
+        for name in SEEDED:
             run = f"{scale.model}-{name}-seed-{seed}"
             measure = partial(measure_row, ROWS[name], scale, data, out, run, seed=seed)
             results.need("seeds", f"{name} {seed}", measure)
 
 
 def curves(results: Results, scale: Scale, data: Path, out: Path) -> None:
-    """Training loss with features as float32, as float16, and computed anew for each batch."""
-    for name, row, extra in (
-        ("float32 cache", ROWS["cached"], ("--feature-dtype", "float32")),
-        ("float16 cache", ROWS["cached"], ("--feature-dtype", "float16")),
-        ("recomputed", ROWS["recompute"], ()),
-    ):
-        run = f"{scale.model}-{name.replace(' ', '-')}"
-        results.need("curves", name, partial(measure_row, row, scale, data, out, run, extra))
+    """A run with features kept as float32, beside the rows with float16 and with no cache at all."""
+    rows(results, scale, data, out, ["cached", "recompute"])
+    extra = ("--feature-dtype", "float32")
+    measure = partial(measure_row, ROWS["cached"], scale, data, out, f"{scale.model}-float32", extra)
+    results.need("curves", "float32", measure)
 
 
 def budgets(results: Results, scale: Scale, data: Path, out: Path, amounts: tuple[int, ...]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 FLOWER = "flower"
 REFERENCES = ("end-to-end", FLOWER)
+SEEDED = ("cached", "int8")
+EXACT = "float32 cache"
 NONE = "–"
 
 Result = dict[str, Any]
@@ -83,25 +85,21 @@ def beside(rows: dict[str, Result]) -> list[str]:
     ]
 
 
-def seeds(results: dict[str, Result]) -> str:
-    """Recall of exact and compressed updates over the seeds."""
+def seeds(rows: dict[str, Result], others: dict[str, Result]) -> str:
+    """Recall of exact and compressed updates: the rows', and those of other seeds by row and seed."""
     lines = []
-    for kind in sorted({name.split()[0] for name in results}):
-        recalls = [one["recall"] for name, one in results.items() if name.split()[0] == kind]
+    for kind in SEEDED:
+        again = [one for name, one in others.items() if name.split()[0] == kind]
+        recalls = [one["recall"] for one in (rows[kind], *again)]
         spread = statistics.stdev(recalls) if len(recalls) > 1 else 0.0
-        lines.append(
-            [kind, ", ".join(map(percent, recalls)), percent(statistics.mean(recalls)), percent(spread)]
-        )
-    head = ["recall@10 by seed", "each", "mean", "standard deviation"]
-    return markdown(head, lines)
+        figures = (", ".join(map(percent, recalls)), percent(statistics.mean(recalls)), percent(spread))
+        lines.append([rows[kind]["title"], *figures])
+    return markdown(["recall@10 by seed", "each", "mean", "standard deviation"], lines)
 
 
 def differences(curves: dict[str, Result]) -> str:
     """How far training losses are from those with float32 features."""
-    exact = curves["float32 cache"]["losses"] if "float32 cache" in curves else None
-    if exact is None:
-        return ""
-    lines = []
+    exact, lines = curves[EXACT]["losses"], []
     for name, one in curves.items():
         largest = max(abs(a - b) for a, b in zip(one["losses"], exact, strict=True))
         lines.append([name, f"{one['losses'][-1]:.4f}", f"{largest:.1e}", percent(one["recall"])])
