@@ -32,7 +32,7 @@ def draw_rows(rows: dict[str, Result], path: Path, model: str) -> None:
     panels = (
         (
             "peak memory of the client, MB",
-            (("imports", GREY, _bare), ("above", BLUE, lambda row: row["peak_mb"] - _bare(row))),
+            (("imports alone", GREY, _bare), ("above them", BLUE, lambda row: row["peak_mb"] - _bare(row))),
         ),
         (
             "computing, TFLOP",
@@ -129,6 +129,7 @@ def draw_curves(curves: dict[str, Result], path: Path, model: str) -> None:
         ends += len(stage)
         for axis in (above, below):
             axis.axvline(ends, color=GREY, linewidth=0.8, linestyle=":")
+    above.xaxis.get_major_locator().set_params(integer=True)
     above.set_ylabel("training loss of the round")
     above.legend(fontsize=8, frameon=False)
     above.set_title(f"{model}, layer-wise; dotted: a new stage", fontsize=11)

@@ -133,10 +133,14 @@ def trained(settings: Result, rows: dict[str, Result]) -> str:
     options = f", {', '.join(settings['options'])}" if settings["options"] else ""
     dates = sorted({row["date"] for row in rows.values()})
     return (
-        f"{settings['clients']} clients, {examples} emoji of a drawing style each; {rounds} rounds of "
-        f"{settings['local_epochs']} local epochs, batches of {settings['batch_size']}{options}. "
+        f"{_count(settings['clients'], 'client')}, {examples} emoji of a drawing style each; {rounds} rounds of "
+        f"{_count(settings['local_epochs'], 'local epoch')}, batches of {settings['batch_size']}{options}. "
         f"{' to '.join(dict.fromkeys([*dates[:1], *dates[-1:]]))}."
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def described(machine: Result) -> str:

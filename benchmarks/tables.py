@@ -49,7 +49,10 @@ def ratios(rows: dict[str, Result]) -> str:
     known = [name for name in REFERENCES if name in rows]
     if not known:
         return ""
-    head = ["times less than " + " / ".join(known), *(name for name, _, _ in COLUMNS)]
+    head = [
+        "times less than " + " / ".join(known).replace(FLOWER, "Flower"),
+        *(name for name, _, _ in COLUMNS),
+    ]
     lines = []
     for row in rows.values():
         cells = []
@@ -102,7 +105,7 @@ def differences(curves: dict[str, Result]) -> str:
     exact, lines = curves[EXACT]["losses"], []
     for name, one in curves.items():
         largest = max(abs(a - b) for a, b in zip(one["losses"], exact, strict=True))
-        lines.append([name, f"{one['losses'][-1]:.4f}", f"{largest:.1e}", percent(one["recall"])])
+        lines.append([name, f"{one['losses'][-1]:.4f}", f"{largest:.1g}", percent(one["recall"])])
     head = ["features", "last training loss", "largest difference of a round from float32", "recall@10"]
     return markdown(head, lines)
 
