@@ -55,7 +55,7 @@ def draw_rows(rows: dict[str, Result], path: Path, model: str) -> None:
         ("processor time, s", (("", BLUE, lambda row: row["cpu_s"]),)),
     )
     figure, axes = pyplot.subplots(
-        2, 2, figsize=(11, 1.8 + 0.75 * len(rows)), sharey=True, layout="constrained"
+        2, 2, figsize=(11, 3.4 + 0.6 * len(rows)), sharey=True, layout="constrained"
     )
     names = list(rows)
     for axis, (title, parts) in zip(axes.flat, panels, strict=True):
@@ -76,7 +76,7 @@ def draw_rows(rows: dict[str, Result], path: Path, model: str) -> None:
         axis.set_xlim(0, 1.18 * max(left))
         if len(parts) > 1:
             axis.legend(
-                fontsize=8, frameon=False, ncols=len(parts), loc="upper left", bbox_to_anchor=(0, -0.08)
+                fontsize=8, frameon=False, ncols=len(parts), loc="upper left", bbox_to_anchor=(0, -0.1)
             )
         _plain(axis)
     axes[0, 0].invert_yaxis()

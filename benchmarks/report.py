@@ -133,8 +133,9 @@ def trained(settings: Result, rows: dict[str, Result]) -> str:
     options = f", {', '.join(settings['options'])}" if settings["options"] else ""
     dates = sorted({row["date"] for row in rows.values()})
     return (
-        f"{_count(settings['clients'], 'client')}, {examples} emoji of a drawing style each; {rounds} rounds of "
-        f"{_count(settings['local_epochs'], 'local epoch')}, batches of {settings['batch_size']}{options}. "
+        f"{_count(settings['clients'], 'client')}, {examples} emoji of a drawing style each; "
+        f"{rounds} rounds of {_count(settings['local_epochs'], 'local epoch')}, "
+        f"batches of {settings['batch_size']}{options}. "
         f"{' to '.join(dict.fromkeys([*dates[:1], *dates[-1:]]))}."
     )
 
