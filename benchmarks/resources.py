@@ -13,6 +13,7 @@ Next: `benchmarks/scale.py`, what is trained; `benchmarks/lamina_rows.py`, the r
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,7 @@ BUDGETS_MB = (250, 300, 400)
 
 def main() -> None:
     """Measure what is asked for, or write the report."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and what was started ends with us
     options = parsed()
     if options.report:
         write_report(options.out, options.docs)
