@@ -53,5 +53,7 @@ def train(
             batch = features.batch(indices, None if views is None else views[indices])
             total += engine.train_step(batch, plan.learning_rate) * len(indices)
         loss = total / len(order)
-    trained = engine.parameters()
-    return Trained({name: trained[name] - parameters[name] for name in trained}, len(features), loss)
+    delta = engine.parameters()
+    for name, value in delta.items():  # in place: the engine still holds all its memory
+        value -= parameters[name]
+    return Trained(delta, len(features), loss)
