@@ -59,7 +59,7 @@ class Recorder:
 
     def parameters(self):
         self.calls.append("parameters")
-        return TRAINED
+        return {name: value.copy() for name, value in TRAINED.items()}
 
     def train(self, client="ann", count=NUM_EXAMPLES, **plan):
         settings = {"learning_rate": 0.1, "batch_size": 8, "local_epochs": 1, "seed": 0, **plan}
