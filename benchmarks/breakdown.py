@@ -1,8 +1,8 @@
 """Where a client's memory goes: resident memory after each thing that a client does before it has trained.
 
 Rules: each step is a process of its own that does everything up to there, so nothing that an earlier
-measurement left behind counts. What is done is what `edge_client/session.py` does, by its own functions.
-AdamW's moments are zeros that take memory when the first step writes them.
+measurement left behind counts. What is done is what `edge_client/session.py` does, without a connection,
+the cache's pass and the update. AdamW's moments are zeros that take memory when the first step writes them.
 
     python benchmarks/breakdown.py '{"bundle": ..., "stage": 1, ...}'    # one step, as JSON
 
@@ -23,7 +23,7 @@ STEPS = (
     "Python",
     "numpy",
     "runtime",
-    "MQTT and messages",
+    "client's imports",
     "data set opened",
     "session opened",
     "parameters loaded",
@@ -36,25 +36,34 @@ LAMINA = (
 RUNTIMES = {
     "onnx": LAMINA.format("onnx"),
     "executorch": LAMINA.format("executorch"),
-    "flower": "import numpy, torch; from flwr.clientapp import ClientApp",
+    "flower": """
+import torch
+import flwr.clientapp, flwr.serverapp, flwr.supernode.runtime.run_clientapp
+import inputs.dataset, models.registry, wire.manifest
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports what PyTorch imports at first use
+""",
 }
-RESIDENT = "print(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])"
+PEAK = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
 
 
 def bare(runtime: str, python: str = sys.executable) -> dict[str, Any]:
     """MB of a process that has imported what a client of this runtime needs, and done nothing."""
     run_python("-c", RUNTIMES[runtime], python=python)  # compiles and builds what is not there yet
-    kilobytes = int(run_python("-c", f"{RUNTIMES[runtime]}\n{RESIDENT}", python=python))
+    kilobytes = int(run_python("-c", f"{RUNTIMES[runtime]}\n{PEAK}", python=python))
     return {"peak_mb": kilobytes * 1024 / 1e6}
 
 
-def measure_breakdown(scale: Scale, schedule: str, data: Path, out: Path) -> dict[str, Any]:
-    """Every step of the schedule's second stage, or its only one: `steps` name -> resident and peak MB."""
+def measure_breakdown(scale: Scale, schedule: str, stage: int, data: Path, out: Path) -> dict[str, Any]:
+    """Every step of a stage, from 0: `steps` name -> resident and peak MB."""
+    bundle = exported(scale, schedule, data, out)
+    offered = out / f"breakdown-{schedule}-{stage}.safetensors"
+    offered.write_bytes(trained_groups(bundle, stage))
     work = {
-        "bundle": str(exported(scale, schedule, data, out)),
+        "bundle": str(bundle),
+        "offered": str(offered),
         "data": str(next(iter(sorted((data / "clients").iterdir())))),
         "cache": str(out / "breakdown-inputs"),
-        "stage": 0 if schedule == "end_to_end" else 1,
+        "stage": stage,
         "batch_size": scale.batch_size,
         "threads": scale.threads,
     }
@@ -65,6 +74,17 @@ def measure_breakdown(scale: Scale, schedule: str, data: Path, out: Path) -> dic
     ):  # once to fill the cache of inputs, as any later start finds it
         steps[name] = json.loads(run_python(__file__, json.dumps(work | {"until": name})))
     return {"steps": {name: steps[name] for name in STEPS}, "peak_mb": steps[STEPS[-1]]["peak_mb"]}
+
+
+def trained_groups(bundle: Path, stage: int) -> bytes:
+    """What a client fetches for a stage: the initial values of all that trains in it."""
+    from wire.manifest import read_manifest
+    from wire.tensors import pack, unpack_file
+
+    manifest, _ = read_manifest(bundle)
+    shapes = {name: parameter.shape for name, parameter in manifest.parameters.items()}
+    values = unpack_file(bundle / manifest.initial, shapes)
+    return pack({name: values[name] for name in manifest.names_of(manifest.stages[stage].trainable)})
 
 
 def memory() -> dict[str, float]:
@@ -133,13 +153,8 @@ def _load(kept: dict[str, Any], work: dict[str, Any]) -> None:
     from wire.tensors import unpack_file
 
     bundle, manifest = Path(work["bundle"]), kept["manifest"]
-    shapes = {name: parameter.shape for name, parameter in manifest.parameters.items()}
-    trained = set(manifest.stages[work["stage"]].parameters.values())
-    values = {
-        name: value
-        for name, value in unpack_file(bundle / manifest.initial, shapes).items()
-        if name in trained
-    }
+    shapes = manifest.shapes_of(manifest.stages[work["stage"]].trainable)
+    values = unpack_file(Path(work["offered"]), shapes)
     kept["offered"] = values  # a client keeps them: its update is the difference
     kept["engine"] = open_engine("onnx", bundle.joinpath, manifest, work["stage"], work["threads"])
     kept["engine"].load(values)

@@ -57,7 +57,10 @@ ROWS = {
     "cached": Row("layer-wise, feature cache", "layerwise"),
     "int8": Row("layer-wise, cache, int8 updates", "layerwise", INT8),
     "lean": Row(
-        "layer-wise, all of it: cache, int8, micro-batches of 8", "layerwise", LEAN, micro_batch_size=8
+        "layer-wise, all of it: cache, int8, prefix float16, micro-batches of 8",
+        "layerwise",
+        LEAN,
+        micro_batch_size=8,
     ),
     "lean-executorch": Row("the same on ExecuTorch", "layerwise", LEAN, "executorch", micro_batch_size=8),
 }

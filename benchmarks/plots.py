@@ -144,14 +144,12 @@ def draw_curves(curves: dict[str, Result], path: Path, model: str) -> None:
 
 
 def draw_breakdown(results: dict[str, Result], path: Path, model: str) -> None:
-    """Resident memory step by step, and the peak so far, for each schedule."""
-    titles = {"layerwise": "layer-wise, stage 2", "end_to_end": "end-to-end"}
-    names = [name for name in titles if name in results]
+    """Resident memory step by step, and the peak so far, a panel for each stage."""
     figure, axes = pyplot.subplots(
-        1, len(names), figsize=(5.5 * len(names), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(results), figsize=(5 * len(results), 4), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, name in zip(axes.flat, names, strict=True):
-        steps = results[name]["steps"]
+    for axis, (name, one) in zip(axes.flat, results.items(), strict=True):
+        steps = one["steps"]
         resident = [one["resident_mb"] for one in steps.values()]
         peak = [one["peak_mb"] for one in steps.values()]
         axis.barh(list(steps), resident, color=BLUE, label="resident")
@@ -169,7 +167,7 @@ def draw_breakdown(results: dict[str, Result], path: Path, model: str) -> None:
             axis.text(max(now, most), place, text, va="center", fontsize=8)
         axis.set_xlim(0, 1.45 * max(peak))
         axis.set_xlabel("MB of the process")
-        axis.set_title(titles[name], fontsize=10, loc="left")
+        axis.set_title(name, fontsize=10, loc="left")
         axis.legend(fontsize=8, frameon=False, loc="upper right")
         _plain(axis)
     axes[0, 0].invert_yaxis()

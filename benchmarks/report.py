@@ -17,14 +17,24 @@ from scale import SCALES
 from tables import EXACT, FLOWER, SEEDED, beside, budgets, differences, growth, ratios, seeds, table
 
 ORDER = (*ROWS, FLOWER)
-MOMENTS = "AdamW's moments take memory when the first step writes them."
+BREAKDOWN = (
+    "Where the memory goes: a process for each step, engine `onnx`. It ends after four steps, on random "
+    "features, without a connection, the cache's pass and the update: the table has a whole client's. "
+    "AdamW's moments take memory when the first step writes them."
+)
+BUDGETS = (
+    "Runs that were given a client's memory. A budget decides how many blocks a stage has, so these have "
+    "other stages and rounds than the rows above."
+)
+
+COMMAND = "python benchmarks/resources.py --model NAME"
 
 Result = dict[str, Any]
 HEAD = """# What a client needs
 
 Memory, computing, traffic and time of a client, for the three schedules of the paper, for what Lamina adds
-to them, and for Flower with PyTorch. All rows of a model train the same number of rounds on the same
-examples, with the same batches and optimizer. All figures are in [resources.json](resources.json).
+to them, and for Flower with PyTorch. All rows of a model's first table train the same number of rounds on
+the same examples, with the same batches and optimizer. All figures are in [resources.json](resources.json).
 
 Measured by `{command}` on {machine}.
 """
@@ -39,14 +49,19 @@ NOTES = """
 - The Flower row is a SuperLink, a SuperNode for each client, and Flower's FedAvg, with Flower's defaults,
   without TLS, as Lamina's broker is. The model is Lamina's own torch module, fed by Lamina's readers, from
   the initial parameters, in the order and with the learning rates of the row *end-to-end*. Its memory is
-  that of the ClientApp's process alone. Flower starts that process anew for each round: its seconds and
-  processor seconds pay for importing torch each time. Bytes are counted by a relay before the SuperNode,
-  HTTP's headers included.
+  that of the ClientApp's process alone, and what it takes before it does anything includes all that it will
+  import. Bytes are counted by a relay before the SuperNode, HTTP's headers included.
+- Flower starts a ClientApp's process anew for each round, and looks for new work every few seconds: its
+  seconds are the server's, from round to round, and with its processor seconds they pay for that start.
+  Where a round has few steps, as here, that is much of both, so no ratio to them is given.
+- A round of Lamina's lasts from when a client has the offer until its update is received, the slowest
+  client's. The aggregator's mean and evaluation are left out, and so is the start of the programs.
 - Layer-wise and progressive rows begin anew with the learning rate in every stage, end-to-end ones once.
-- FLOPs are counted by torch over the graphs that train (matrix products and convolutions, forward and
+- FLOPs are counted by torch over the modules that train (matrix products and convolutions, forward and
   backward), times examples, epochs and rounds; the prefix with every step, or once a stage with the cache.
-- A round lasts from its offer until the last client is done. The aggregator's evaluation is left out, and
-  so is the start of the programs.
+  They are the model's: what an engine computes twice to save memory does not count, but for micro-batches.
+- Without the cache, Lamina runs the prefix block by block, 8 examples at a time, as a device with a full
+  disk does. Its FLOPs are those of the paper's method; a single graph for all of it would be faster.
 
 ## What it does not show
 - One machine with few cores for all processes: seconds are noisy, and a loopback is no network.
@@ -64,8 +79,8 @@ def write_report(out: Path, docs: Path) -> None:
     if not models:
         raise SystemExit(f"no figures in {out}: run this without --report first")
     docs.mkdir(parents=True, exist_ok=True)
-    machine = next(iter(models.values()))["machine"]
-    page = [HEAD.format(command=machine["command"], machine=described(machine))]
+    machines = list(dict.fromkeys(described(values["machine"]) for values in models.values()))
+    page = [HEAD.format(command=COMMAND, machine="; ".join(machines))]
     for model, values in models.items():
         page += section(model, values["settings"], current(values), docs)
     page.append(NOTES.strip())
@@ -98,19 +113,23 @@ def section(model: str, settings: Result, parts: dict[str, dict[str, Result]], d
         lines += [differences(curves), ""]
         lines.append(picture(draw_curves, curves, f"resources-{model}-loss", "Training loss by round"))
     if steps := parts.get("breakdown"):
-        lines += ["Where the memory goes: a process for each step, engine `onnx`. " + MOMENTS, ""]
+        lines += [BREAKDOWN, ""]
         lines.append(picture(draw_breakdown, steps, f"resources-{model}-breakdown", "Memory step by step"))
     if parts.get("budgets"):
-        lines += [budgets(parts["budgets"]), ""]
+        lines += [BUDGETS, "", budgets(parts["budgets"]), ""]
     return lines
 
 
 def current(values: Result) -> dict[str, dict[str, Result]]:
-    """Part -> name -> result, those of the newest settings."""
+    """Part -> name -> result, those of the newest settings, machine and packages."""
     return {
-        part: {name: one for name, one in results.items() if one["settings"] == values["settings"]}
+        part: {name: one for name, one in results.items() if _alike(one, values)}
         for part, results in values["parts"].items()
     }
+
+
+def _alike(one: Result, values: Result) -> bool:
+    return all(one[name] == values[name] for name in ("settings", "machine"))
 
 
 def with_runtime(parts: dict[str, dict[str, Result]]) -> dict[str, Result]:

@@ -34,6 +34,14 @@ PARTS = {
     "tiny": ("rows", "seeds", "curves"),
     "vit-tiny": ("rows", "breakdown", "budgets"),
 }
+BROKEN_DOWN = {
+    "layer-wise, stage 1": ("layerwise", 0),
+    "layer-wise, stage 2": ("layerwise", 1),
+    "end-to-end": ("end_to_end", 0),
+}
+"""Name -> schedule and stage, from 0: the first, which also trains what lies before the blocks; one that
+stands for all others; and all of the model.
+"""
 BUDGETS_MB = (250, 300, 400)
 
 
@@ -57,10 +65,12 @@ def main() -> None:
         elif part == "curves":
             curves(results, scale, data, out)
         elif part == "breakdown":
-            for schedule in ("layerwise", "end_to_end"):
-                results.need(part, schedule, partial(measure_breakdown, scale, schedule, data, out))
+            for name, (schedule, stage) in BROKEN_DOWN.items():
+                results.need(part, name, partial(measure_breakdown, scale, schedule, stage, data, out))
         else:
             budgets(results, scale, data, out, options.budget or BUDGETS_MB)
+    if results.missing:
+        sys.exit(f"{results.missing} of the figures could not be measured, see above")
 
 
 def rows(results: Results, scale: Scale, data: Path, out: Path, names: list[str]) -> None:

@@ -1,7 +1,8 @@
 """The benchmark's figures on disk, one JSON file a model, and the machine that they come from.
 
-Rules: a result is kept as soon as it is there, and measured again only if its settings have changed or it
-is asked for. The machine is described by what its processors and packages are, not by its name.
+Rules: a result is kept as soon as it is there, and measured again only if its settings, the machine or the
+packages have changed, or it is asked for. The machine is described by its processors and packages, not by
+its name.
 
 Next: `benchmarks/report.py`, which turns them into a page.
 """
@@ -12,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,17 +25,23 @@ Result = dict[str, Any]
 
 
 class Results:
-    """The results of a model, by part and name. again: measure what is there already once more."""
+    """The results of a model, by part and name. again: measure what is there already once more.
+
+    missing: how many could not be measured.
+    """
 
     def __init__(self, path: Path, settings: Result, *, again: bool = False) -> None:
         self._path, self._settings, self._again = path, settings, again
+        self._machine = machine()
+        self.missing = 0
         self._values: Result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self._values |= {"settings": settings}
 
     def get(self, part: str, name: str) -> Result | None:
-        """What is known, by the settings of now."""
+        """What is known, by the settings of now and measured on this machine with these packages."""
         known: Result | None = self._values.get("parts", {}).get(part, {}).get(name)
-        return known if known is not None and known["settings"] == self._settings else None
+        now = (self._settings, self._machine)
+        return known if known is not None and (known["settings"], known["machine"]) == now else None
 
     def need(self, part: str, name: str, measure: Callable[[], Result]) -> Result | None:
         """The result, measured unless it is known. None, and a line that says why, where it cannot be."""
@@ -48,11 +54,13 @@ class Results:
             result = measure()
         except BROKEN as error:
             print(f"{part} {name}: not measured: {error}", flush=True)
+            self.missing += 1
             return None
         when = time.strftime("%Y-%m-%d", time.localtime(begin))
-        result |= {"settings": self._settings, "date": when, "took_s": round(time.time() - begin, 1)}
+        result |= {"settings": self._settings, "machine": self._machine}
+        result |= {"date": when, "took_s": round(time.time() - begin, 1)}
         self._values.setdefault("parts", {}).setdefault(part, {})[name] = result
-        self._values["machine"] = machine()
+        self._values["machine"] = self._machine
         partial = self._path.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(self._values, indent=1), encoding="utf-8")
@@ -83,7 +91,6 @@ def machine() -> Result:
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: installed[name] for name in PACKAGES if name in installed},
-        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
     }
 
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +71,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale("tiny", clients=4, examples=None, held_out=None, rounds=8, local_epochs=1),
-    "vit-tiny": Scale("vit-tiny", clients=2, examples=64, held_out=64, rounds=2, local_epochs=2),
+    "vit-tiny": Scale("vit-tiny", clients=2, examples=32, held_out=64, rounds=2, local_epochs=2),
 }
 
 
@@ -131,7 +132,8 @@ def copy_rows(source: Path, target: Path, count: int | None, groups: set[str]) -
 
 def exported(scale: Scale, schedule: str, data: Path, out: Path) -> Path:
     """A bundle for the engine `onnx`, made once; its initial parameters are those of `lamina run`."""
-    folder = out / "bundles" / f"{scale.model}-{schedule}"
+    made_of = json.dumps([scale.settings(), str(data)])
+    folder = out / "bundles" / f"{scale.model}-{schedule}-{zlib.crc32(made_of.encode()):08x}"
     if not folder.exists():
         arguments = ["--model", scale.model, "--schedule", schedule, "--seed", str(SEED), "--no-check"]
         arguments += ["--engine", "onnx", "--rounds", str(scale.rounds_of(schedule)), "--out", str(folder)]

@@ -17,6 +17,11 @@ REFERENCES = ("end-to-end", FLOWER)
 SEEDED = ("cached", "int8")
 EXACT = "float32 cache"
 NONE = "–"
+CPU, RUN, ROUND = "CPU, s", "run, s", "a round, s"
+TIMES = (CPU, RUN, ROUND)
+"""Columns of which no ratio to Flower is told: its processes start anew in each round, and its clock is the
+server's (see the page's notes).
+"""
 
 Result = dict[str, Any]
 Column = tuple[str, Callable[[Result], float | None], str]
@@ -27,9 +32,9 @@ COLUMNS: tuple[Column, ...] = (
     ("TFLOP", lambda row: row["flops"]["total"] / 1e12, "{:,.3g}"),
     ("MB up", lambda row: row["bytes_up"] / 1e6, "{:,.1f}"),
     ("MB down", lambda row: row["bytes_down"] / 1e6, "{:,.1f}"),
-    ("CPU, s", lambda row: row["cpu_s"], "{:,.0f}"),
-    ("run, s", lambda row: row["wall_s"], "{:,.0f}"),
-    ("a round, s", lambda row: row["mean_round_s"], "{:,.1f}"),
+    (CPU, lambda row: row["cpu_s"], "{:,.0f}"),
+    (RUN, lambda row: row["wall_s"], "{:,.0f}"),
+    (ROUND, lambda row: row["mean_round_s"], "{:,.1f}"),
 )
 
 
@@ -54,23 +59,37 @@ def ratios(rows: dict[str, Result]) -> str:
         *(name for name, _, _ in COLUMNS),
     ]
     lines = []
-    for row in rows.values():
+    for key, row in rows.items():
         cells = []
-        for _, value, _ in COLUMNS:
+        for column, value, _ in COLUMNS:
             mine = value(row)
-            theirs = [value(rows[name]) for name in known]
+            theirs = [
+                None if column in TIMES and FLOWER in (name, key) else value(rows[name]) for name in known
+            ]
             cells.append(" / ".join(f"{one / mine:.2f}" if mine and one else NONE for one in theirs))
         lines.append([row["title"], *cells])
     return markdown(head, lines)
 
 
 def growth(rows: dict[str, Result]) -> str:
-    """A round of the last stage beside one of the first: medians, without each stage's first round."""
-    words = []
+    """A round of the later stages beside an earlier one; the first, which trains more, is left out."""
+    lines = []
     for name in ("recompute", "cached"):
-        medians = [statistics.median(stage[1:] or stage) for stage in rows[name]["round_s"]]
-        words.append(f"{medians[-1] / medians[0]:.2f} times as long ({rows[name]['title']})")
-    return f"A round of the last stage takes, next to one of the first, {' and '.join(words)}."
+        stages = rows[name]["round_s"][1:]
+        half = (len(stages) + 1) // 2
+        early, late = stages[:half], stages[-half:]
+        ratios = [
+            statistics.median(value for stage in late for value in stage[rounds])
+            / statistics.median(value for stage in early for value in stage[rounds])
+            for rounds in (slice(1), slice(1, None))
+        ]
+        lines.append([rows[name]["title"], *(f"{ratio:.2f}" for ratio in ratios)])
+    head = [
+        "a round in the second half of the stages, times as long as in the first",
+        "a stage's first round, with the cache's pass",
+        "its others",
+    ]
+    return markdown(head, lines) + "\n\nMedians of the rounds, without the first stage, which trains more."
 
 
 def beside(rows: dict[str, Result]) -> list[str]:

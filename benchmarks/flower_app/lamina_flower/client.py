@@ -2,13 +2,15 @@
 
 Rules: it is what a person would write with Flower's `ClientApp`, without tricks for or against it. It reads
 the examples by Lamina's `inputs/` (memory-mapped, one batch in memory), in the order that
-`edge_client/train.py` takes them. What its process has used goes to a file for each round.
+`edge_client/train.py` takes them. What its process has used goes to a file for each round, when its work is
+done and once more when it ends, for Flower sends the reply in between.
 
 Next: `lamina_flower/server.py`.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import time
 import zlib
@@ -70,7 +72,9 @@ def train(message: Message, context: Context) -> Message:
             "metrics": MetricRecord({"train_loss": loss, "num-examples": len(dataset)}),
         }
     )
-    _note(work, client, number, time.monotonic() - begin, time.process_time() - cpu_begin)
+    used = (work, client, number, time.monotonic() - begin, time.process_time() - cpu_begin)
+    _note(*used)
+    atexit.register(_note, *used)
     return Message(content=reply, reply_to=message)
 
 

@@ -22,10 +22,12 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """All rounds. No evaluation: the benchmark's is Lamina's, of the final parameters."""
+    """All rounds, once all nodes are there. No evaluation: Lamina evaluates the final parameters."""
     work = Work.read(str(context.run_config["work"]))
     model, manifest = work.model()
     model.load_state_dict(load_file(Path(work.bundle) / manifest.initial), strict=True)
+    while len(list(grid.get_node_ids())) < work.num_clients:
+        time.sleep(0.2)
     instants: list[float] = []
 
     def between_rounds(_number: int, _arrays: ArrayRecord) -> MetricRecord:
