@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from aggregator.books import Books
 from wire.compression import Seed, added, compress, decompress
-from wire.errors import UserError
+from wire.errors import LocalError, UserError
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Change, Compression, RoundKey
 from wire.stages import advance
@@ -56,6 +58,7 @@ class State:
     def resume(self, books: Books) -> RoundKey | None:
         """Go to where the books end. The last round that is done, None for none."""
         last: RoundKey | None = None
+        ends: set[BlobRef] = set()
         done = books.rounds()
         for stage in range(len(self._manifest.stages)):
             rounds = [key for key in done if key.stage == stage]
@@ -65,6 +68,8 @@ class State:
                 self.next_stage()
             last = max(rounds)
             self._load(done[last])
+            ends.add(self.parameters)
+        self._store.keep({*ends, *self.frozen, self.parameters})  # a killed process left what it was at
         return last
 
     def next_stage(self) -> None:
@@ -93,7 +98,10 @@ class State:
 
     def _change(self, values: Mapping[str, Array], seed: Seed) -> None:
         now = self.trainable()
-        content = compress({name: values[name] - now[name] for name in now}, self._compression, seed)
+        change = {name: values[name] - now[name] for name in now}
+        if bad := [name for name, value in change.items() if not np.isfinite(value).all()]:
+            raise LocalError(f"the updates together change {bad[0]} by more than float32 holds")
+        content = compress(change, self._compression, seed)
         shapes = self._manifest.shapes_of(self._trainable)
         self.values.update(added(now, decompress(content, shapes, self._compression)))
         base, self.parameters = self.parameters, self._put(self._trainable)

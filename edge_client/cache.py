@@ -2,12 +2,12 @@
 
 Rules:
 - The prefix is a chain of segments, one for each earlier stage. A stage's features are its newest segment
-  over the features of the stage before, so only one segment is ever in memory, and a client that comes late
+  over the features of the stage before, so a pass holds one segment in memory, and a client that comes late
   walks the whole chain.
 - A file is named after all that went into it: the data, its views, every graph and parameter below, the
   dtype. So it is never stale. A damaged one is computed again; one that nothing needs is removed.
-- Where features do not fit on the disk, the same segments run over each batch instead. Training goes on,
-  slower, and the next stage tries again.
+- While a file is written, the one that it is made of is there too. Where there is no room for both, the
+  same segments run over each batch instead: training goes on, slower, until the disk has room.
 
 LW-FedMML, arXiv 2407.15426, Section III, where each batch runs the prefix.
 Next: `edge_client/features.py`, how a batch is made; `edge_client/train.py`, which trains on it.

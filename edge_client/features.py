@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 
 def by_own_names(graph: Graph) -> Graph:
-    """The graph with parameters called as in its file, so that all segments of that file share it."""
+    """The graph with parameters called as in its file, so that segments of that file can share it."""
     return msgspec.structs.replace(graph, parameters={name: name for name in graph.parameters})
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,14 +126,16 @@ class Link:
             (await self.fetch(self.announcement.manifest, MAX_MANIFEST_BYTES)).read_bytes()
         )
 
-    async def fetch(self, ref: BlobRef, max_bytes: int) -> Path:
-        """A blob's file. Raises `TooLarge` without asking for it, `HashMismatch`."""
+    async def fetch(self, ref: BlobRef, max_bytes: int, silence_s: float = math.inf) -> Path:
+        """A blob's file. Raises `TooLarge` without asking for it, `HashMismatch`, `Silent` if nothing has
+        come for more than `silence_s`.
+        """
         if ref.size_bytes > max_bytes:
             raise TooLarge(f"{ref.sha256[:16]} has {ref.size_bytes} bytes, at most {max_bytes} expected")
         topic = topics.blob(self._run, ref.sha256)
         try:
             await self._connection.subscribe(topic)
-            return await self._exchange.fetch(ref, self._ask)
+            return await self._exchange.fetch(ref, self._ask, silence_s=silence_s)
         finally:
             self._connection.unsubscribe(topic)
 

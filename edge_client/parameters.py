@@ -11,10 +11,11 @@ Next: `aggregator/state.py`, which does the same on the other side; `wire/compre
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Protocol
 
-from wire.compression import added, decompress_file, max_compressed_bytes
+from wire.compression import added, decompress_file, max_compressed_bytes, max_rounded_bytes, restore_file
 from wire.errors import Malformed, PeerError
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Offer
@@ -22,14 +23,17 @@ from wire.stages import advance
 from wire.store import Store
 from wire.tensors import Arrays, max_bytes, pack, unpack_file
 
+SILENCE_S = 20.0
+"""How long to wait for a change of which nothing comes: an aggregator that was killed has it no more."""
+
 log = logging.getLogger(__name__)
 
 
 class Fetcher(Protocol):
     """What is needed of `edge_client.link.Link`."""
 
-    async def fetch(self, ref: BlobRef, max_bytes: int) -> Path:
-        """A blob's file, from the store or the aggregator."""
+    async def fetch(self, ref: BlobRef, max_bytes: int, silence_s: float = math.inf) -> Path:
+        """A blob's file, from the store or the aggregator. Raises `Silent`, a `PeerError`."""
         ...
 
 
@@ -40,28 +44,31 @@ class Parameters:
         self._manifest = manifest
         self._link = link
         self._store = store
-        self._base: BlobRef | None = None  # of the next change
+
+    def needed(self, offer: Offer) -> set[BlobRef]:
+        """What may still be of use of what earlier offers have left."""
+        change = offer.change
+        return {offer.parameters, *((change.base, change.change) if change else ())}
 
     async def prepare(self, offer: Offer) -> None:
         """Make what can be made from what is here; to be called first."""
         change = offer.change
         if change is None or self._store.has(offer.parameters) or not self._store.has(change.base):
             return
-        self._base = change.base  # also when an earlier process has left it
         begins = change.result != offer.parameters  # and the change is the stage before's
         if begins and offer.key.stage == 0:
             raise Malformed(f"the change of {offer.key} leads to other parameters")
         shapes = self._shapes(offer.key.stage - begins)
         limit = max_compressed_bytes(shapes, offer.plan.compression)
         try:
-            path = await self._link.fetch(change.change, limit)
+            path = await self._link.fetch(change.change, limit, SILENCE_S)
             delta = decompress_file(path, shapes, offer.plan.compression)
             values = added(unpack_file(self._store.path(change.base), shapes), delta)
         except PeerError as error:
             log.warning("%s: the change cannot be used: %s", offer.key, error)
             return
         finally:
-            self._store.remove(change.change)
+            self._forget(change.change)
         if begins:
             self._advance(offer, values)
         else:
@@ -72,22 +79,21 @@ class Parameters:
         shapes = self._shapes(offer.key.stage)
         path = await self._link.fetch(offer.parameters, max_bytes(shapes))
         values = unpack_file(path, shapes)
-        if self._base is not None and self._base != offer.parameters:
-            self._store.remove(self._base)
-        self._base = offer.parameters
         if offer.plan.compression == "none":  # the next offer brings no change to these
-            self._store.remove(offer.parameters)
+            self._forget(offer.parameters)
+        elif offer.change is not None and offer.change.base != offer.parameters:
+            self._forget(offer.change.base)
         return values
 
     async def frozen(self, offer: Offer, stage: int) -> Arrays:
         """What was frozen after an earlier stage. It is not kept: it is needed once a stage."""
         shapes = self._manifest.shapes_of(self._manifest.groups_frozen_after(stage))
         ref, compression = offer.frozen[stage], offer.plan.prefix_compression
-        path = await self._link.fetch(ref, max_compressed_bytes(shapes, compression))
+        path = await self._link.fetch(ref, max_rounded_bytes(shapes, compression))
         try:
-            return decompress_file(path, shapes, compression)
+            return restore_file(path, shapes, compression)
         finally:
-            self._store.remove(ref)
+            self._forget(ref)
 
     def _advance(self, offer: Offer, values: Arrays) -> None:
         """values: what the stage before ended with."""
@@ -102,6 +108,11 @@ class Parameters:
             self._store.put(content)
         else:
             log.warning("%s is not what a change leads to: fetching it whole", expected.sha256[:16])
+
+    def _forget(self, ref: BlobRef) -> None:
+        """An offer decides this: it cannot take the bundle's own files away."""
+        if ref not in self._manifest.files.values():
+            self._store.remove(ref)
 
     def _shapes(self, stage: int) -> dict[str, tuple[int, ...]]:
         return self._manifest.shapes_of(self._manifest.stages[stage].trainable)

@@ -34,7 +34,7 @@ from edge_client.train import Trained, train
 from inputs.dataset import Dataset
 from wire.compression import compress
 from wire.errors import Malformed, PeerError
-from wire.manifest import Manifest
+from wire.manifest import BlobRef, Manifest
 from wire.messages import Hello, Offer, Receipt, Report, Usage
 from wire.mqtt import Broker
 from wire.rounds import Event, Role, RoundMachine
@@ -43,6 +43,7 @@ from wire.tasks import beside
 from wire.tensors import Arrays
 
 PENDING = "pending"
+ROUNDING = 1  # seeds what is drawn for an update's rounding
 TOLERANCE = 1.15  # of what export expects, to what it comes to
 
 T = TypeVar("T")
@@ -78,9 +79,6 @@ async def _join(link: Link, device: Device, store: Store) -> tuple[Session, Hell
     manifest = await link.manifest()
     bundle = Bundle(manifest, link, store)
     engine = choose(device.engine, manifest.stages[0].engines)
-    known = pending.load(device.folder / PENDING)
-    last = (known.report.update, known.work.parameters) if known else ()
-    store.keep({*manifest.files.values(), link.announcement.manifest, *last})
     await bundle.need(*bundle.tokenizers())
     dataset = await asyncio.to_thread(
         Dataset.open,
@@ -143,7 +141,8 @@ class Session:
             max_bytes=device.max_feature_bytes,
         )
         self._parameters = Parameters(bundle.manifest, link, store)
-        self._graphs: WeakValueDictionary[str, Run] = WeakValueDictionary()  # by file, while in use
+        # While in use. Segments of one file share it where they take the same inputs.
+        self._graphs: WeakValueDictionary[tuple[str, ...], Run] = WeakValueDictionary()
         self._machine = RoundMachine(Role.CLIENT)
         self._told = (0, 0)  # bytes sent and received that have been reported
         self._told_cpu_s = 0.0
@@ -169,6 +168,7 @@ class Session:
         known = offer.key.stage < len(self._manifest.stages) and offer.key.stage <= len(offer.frozen)
         if not known or offer.plan.batch_size > self._manifest.max_batch_size:
             raise Malformed(f"the offer of {offer.key} does not fit the manifest")
+        self._store.keep(self._needed(offer))
         report = self._done_before(offer)
         if report is None:
             await self._bundle.need(*self._manifest.stages[offer.key.stage].engines[self._engine].values())
@@ -199,11 +199,12 @@ class Session:
         return self._cache.features(offer)
 
     def _run(self, step: Step, values: Arrays, stop: StopEvent) -> None:
-        run = self._graphs.get(step.file)
+        key = (step.file, *step.graph.inputs)
+        run = self._graphs.get(key)
         if run is None:
             graph = by_own_names(step.graph)
             run = open_graph(self._engine, self._bundle.file, graph, self._device.threads)
-            self._graphs[step.file] = run
+            self._graphs[key] = run
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:
@@ -211,6 +212,13 @@ class Session:
             self._engine, self._bundle.file, self._manifest, offer.key.stage, self._device.threads
         ) as engine:
             return train(engine, parameters, features, offer.plan, self._device.name, stop)
+
+    def _needed(self, offer: Offer) -> set[BlobRef]:
+        """Of what is in the store; the rest is of earlier offers and other runs."""
+        known = pending.load(self._device.folder / PENDING)
+        done = (known.report.update,) if known else ()
+        files = (*self._manifest.files.values(), self._link.announcement.manifest)
+        return {*files, *done, *self._parameters.needed(offer)}
 
     def _done_before(self, offer: Offer) -> Report | None:
         """The report of this very round, if its update is still here."""
@@ -238,8 +246,10 @@ class Session:
         return report
 
     def _seed(self, offer: Offer) -> list[int]:
-        """Of the update's rounding: every client's own, and the same whenever the round is trained."""
-        return [offer.plan.seed, zlib.crc32(self._device.name.encode())]
+        """Of the update's rounding: every client's own, the same whenever the round is trained, and another
+        than that of the examples' order.
+        """
+        return [offer.plan.seed, zlib.crc32(self._device.name.encode()), ROUNDING]
 
     async def _tell_usage(self, offer: Offer, seconds: float) -> None:
         sent, received = self._link.traffic

@@ -50,8 +50,10 @@ def train(
             if stop.is_set():
                 raise Stopped
             indices = np.sort(order[first : first + plan.batch_size])
-            batch = features.batch(indices, None if views is None else views[indices])
-            total += engine.train_step(batch, plan.learning_rate) * len(indices)
+            chosen = None if views is None else views[indices]
+            # One batch in memory: it has no name that would keep it while the next is made.
+            loss = engine.train_step(features.batch(indices, chosen), plan.learning_rate)
+            total += loss * len(indices)
         loss = total / len(order)
     delta = engine.parameters()
     for name, value in delta.items():  # in place: the engine still holds all its memory

@@ -75,7 +75,8 @@ def fit(
     """The schedule `name` within the budget. Raises `UserError` where nothing fits.
 
     model: an `export.observe.skeleton`. blocks_per_stage: the most that a stage may attach; None: no limit.
-    Only `layerwise` needs less memory with fewer; the others attach 1 unless told.
+    Only `layerwise` needs less memory with fewer; the others attach 1 unless told. rounds: one number a
+    stage leaves no choice but that of as many stages.
     """
 
     def made(blocks: int) -> tuple[Schedule, list[Footprint]]:
@@ -87,7 +88,11 @@ def fit(
 
     candidates = [blocks_per_stage or 1]
     if name == "layerwise":
-        candidates = blocks_to_try(max(model.depths.values()), blocks_per_stage)
+        depth = max(model.depths.values())
+        candidates = blocks_to_try(depth, blocks_per_stage)
+        if not isinstance(rounds, int) and len(rounds) > 1:
+            fitting = [blocks for blocks in candidates if -(-depth // blocks) == len(rounds)]
+            candidates = fitting or candidates[-1:]
     return choose(budget, candidates, made)
 
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -171,6 +172,9 @@ def footprint(before: StageCuts | None, cut: StageCuts) -> Footprint:
     return Footprint(
         parameter_bytes=4 * _count(cut.train),
         step=lambda size: observe_step(cut.train, size).peak_bytes,
+        example_bytes=sum(
+            np.dtype(spec.dtype).itemsize * math.prod(spec.shape) for spec in cut.train.inputs.values()
+        ),
         segment_parameter_bytes=sum(4 * _count(one) for one in segments),
         segment_bytes=max(
             [observe_forward(one, SEGMENT_BATCH_SIZE).peak_bytes for one in segments], default=0

@@ -4,7 +4,7 @@ Rules: nothing here is a shortcut. Data, bundle, broker, aggregator and clients 
 person types on three machines; this file only chooses their arguments and draws what the aggregator tells.
 
     DIR/data/...                      the prepared data set, for the next run too
-    DIR/runs/<run>/bundle             the exported stages
+    DIR/runs/<run>/bundle             the exported stages, unless --bundle says where they are
     DIR/runs/<run>/aggregator         books, blobs, and `model`, the final model
     DIR/runs/<run>/clients/<client>   each client's state
     DIR/runs/<run>/logs               what each of them logged
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lamina.options import (
     broker_option,
@@ -48,18 +49,23 @@ if TYPE_CHECKING:
     from lamina.view import View
 
 
+EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "memory_budget")
+"""Parameters that only an export heeds."""
+
+
 @dataclass(frozen=True)
 class LocalRun:
     """What the options say.
 
-    folder: of this run. broker: None for our own. engines: of the clients, in turn.
-    features: client options. memory_budget: of a client, in bytes. plan: aggregator options.
+    folder: of this run. bundle: exported before, or None. broker: None for our own. engines: of the
+    clients, in turn. features: client options. memory_budget: of a client, bytes. plan: aggregator options.
     """
 
     name: str
     folder: Path
     data: Path
     clients: tuple[str, ...]
+    bundle: Path | None
     schedule: str
     model: str
     options: tuple[str, ...]
@@ -87,6 +93,11 @@ class LocalRun:
     "--data",
     type=click.Path(path_type=Path),
     help="A folder with clients/<name>/ and, for metrics, holdout/.  [default: emoji, downloaded]",
+)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Train what `lamina export` has written there.  [default: exported for this run]",
 )
 @broker_option()
 @column_option
@@ -122,13 +133,17 @@ class LocalRun:
 @plan_options(rounds=8, min_available_clients=None, round_deadline_s=120.0)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as the last line, in JSON.")
 @config_option
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     schedule: str,
     model: str,
     options: tuple[str, ...],
     warm_start: str,
     clients: int,
     data: Path | None,
+    bundle: Path | None,
     broker: str | None,
     columns: tuple[str, ...],
     engine: tuple[str, ...],
@@ -149,7 +164,9 @@ def command(
         raise UserError(f"a local run needs {error.name}", 'pip install "lamina[all]"') from error
     from aggregator.plan import RunPlan
 
-    engines = tuple(engines_of(engine))
+    if bundle is not None:
+        schedule = _schedule_of(bundle, context)
+    engines = tuple(engines_of(engine, bundle))
     if broker is not None:
         Broker.parse(broker)
     pairs(columns, "--column")
@@ -166,6 +183,7 @@ def command(
         folder=folder / "runs" / name,
         data=data,
         clients=names,
+        bundle=bundle,
         schedule=schedule,
         model=model,
         options=options,
@@ -190,12 +208,27 @@ def command(
         click.echo(json.dumps(as_result(closed)))
 
 
-def engines_of(names: tuple[str, ...]) -> Iterator[str]:
-    """The engines that these names mean here. Raises `UserError` for one that cannot run."""
+def engines_of(names: tuple[str, ...], bundle: Path | None = None) -> Iterator[str]:
+    """The engines that these names mean here and for a bundle. Raises `UserError`."""
     from edge_client.engines import ENGINES, choose
+    from wire.manifest import read_manifest
 
+    known = ENGINES if bundle is None else read_manifest(bundle)[0].stages[0].engines
     for name in names:
-        yield choose(name, ENGINES)
+        yield choose(name, known)
+
+
+def _schedule_of(bundle: Path, context: click.Context) -> str:
+    """What the bundle was exported for. Raises `UserError`, also for an option that only an export has."""
+    from wire.manifest import read_manifest
+
+    for option in context.command.params:
+        if option.name in EXPORTED and context.get_parameter_source(option.name) != ParameterSource.DEFAULT:
+            raise UserError(
+                f"{option.opts[0]} was decided when {bundle} was exported",
+                "leave it out, or leave out --bundle to export anew",
+            )
+    return read_manifest(bundle)[0].schedule
 
 
 def as_result(closed: RunClosed) -> dict[str, Any]:
@@ -212,13 +245,7 @@ async def conduct(run: LocalRun, view: View) -> RunClosed:
     from lamina.processes import Processes
 
     async with Processes(run.folder / "logs", view.note) as processes:
-        view.status(f"exporting {run.model} for {run.schedule}, and checking it against torch")
-        bundle = run.folder / "bundle"
-        told = await processes.run("export", "export", *_export_arguments(run, bundle))
-        if run.memory_budget is not None:
-            for line in told.splitlines():
-                if "expected" in line:
-                    view.note(line)
+        bundle = run.bundle or await _export(run, processes, view)
         broker_ends: Coroutine[Any, Any, Any]
         if run.broker is None:
             url, broker_ends = await _start_broker(processes)
@@ -230,6 +257,17 @@ async def conduct(run: LocalRun, view: View) -> RunClosed:
             _keep_clients(run, processes, url, view),
             broker_ends,
         )
+
+
+async def _export(run: LocalRun, processes: Processes, view: View) -> Path:
+    view.status(f"exporting {run.model} for {run.schedule}, and checking it against torch")
+    bundle = run.folder / "bundle"
+    told = await processes.run("export", "export", *_export_arguments(run, bundle))
+    if run.memory_budget is not None:
+        for line in told.splitlines():
+            if "expected" in line:
+                view.note(line)
+    return bundle
 
 
 async def _aggregate(run: LocalRun, processes: Processes, url: str, bundle: Path, view: View) -> RunClosed:

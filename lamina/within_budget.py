@@ -67,11 +67,11 @@ def export_within(
             if not over:
                 return WithinBudget(exported, measured)
             budget = replace(budget, correction=budget.correction * max(over))
-    worst = max(peak for peaks in measured for peak in peaks.values())
-    raise UserError(
-        f"after {TRIES} tries a stage still needs {worst / 1e6:.0f} MB",
-        "take a larger --memory-budget, or a smaller model",
-    )
+        worst = max(peak for peaks in measured for peak in peaks.values())
+        raise UserError(
+            f"after {TRIES} tries a stage still needs {worst / 1e6:.0f} MB",
+            "take a larger --memory-budget, or a smaller model",
+        )
 
 
 def _measure(bundle: Path, manifest: Manifest, batch_size: int) -> tuple[dict[str, int], ...]:

@@ -125,6 +125,20 @@ def test_a_large_budget_attaches_as_many_blocks_as_it_may(most, stages):
     assert all(0 < peak < 1000 * MB for peak in fitted.expected_peak_bytes)
 
 
+def test_one_number_of_rounds_a_stage_decides_how_many_stages_there_are():
+    model = skeleton(BUILDER, small().builder_options)
+    fitted = fit(model, budget(1000), name="layerwise", rounds=[3, 2, 1])
+    assert [one.rounds for one in fitted.schedule.stages] == [3, 2, 1]
+    with pytest.raises(UserError, match="rounds for 4 stages, the schedule has 3"):
+        fit(model, budget(1000), name="layerwise", rounds=[1, 1, 1, 1])
+
+
+def test_in_micro_batches_the_rest_of_the_batch_waits():
+    one = stage(example_bytes=10 * MB)
+    assert budget(1).peak(one, 8) == budget(1).peak(stage(), 8) + 24 * 10 * MB
+    assert budget(1).peak(one, 0) == budget(1).peak(stage(), 0)
+
+
 def test_progressive_attaches_one_block_and_end_to_end_all():
     model = skeleton(BUILDER, small().builder_options)
     count = {

@@ -6,9 +6,11 @@ Rules:
 - int8 rounds up or down at random, in proportion to what is left over: the expected value is the value
   itself, and the mean of many updates is unbiased (QSGD, Alistarh et al., arXiv 1610.02132). The seed makes
   it the same each time. float16 rounds to nearest.
+- A channel with NaN or infinity travels as NaN, for the receiver to refuse as it does any other.
 - What comes in is untrusted: its size is checked before it is unpacked, names and shapes before any use.
 
-A compressed change is a zstd frame of safetensors, for each tensor `name` (the values) and `name.scale`.
+What is rounded is safetensors, for each tensor `name` (the values) and `name.scale`: the same bytes on any
+machine. A compressed change is a zstd frame of it, whose bytes depend on zstd's version.
 Next: `wire/tensors.py`, uncompressed arrays; `aggregator/state.py` and `edge_client/parameters.py`, which
 send changes down.
 """
@@ -24,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from wire.errors import LocalError, Malformed, NotFinite, TooLarge
+from wire.errors import Malformed, NotFinite, TooLarge
 from wire.messages import Compression
 from wire.tensors import Array, Arrays, load_exact, max_bytes, pack, pack_as_is, unpack
 
@@ -36,56 +38,77 @@ _LARGEST: dict[Compression, int] = {"float16": 1, "int8": 127}  # what a channel
 _DTYPES: dict[Compression, np.dtype[Any]] = {"float16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
 
 
-def compress(arrays: Mapping[str, Array], compression: Compression, seed: Seed | None = None) -> bytes:
-    """float32 arrays as bytes. seed: of int8's rounding; None: to nearest, for what is no mean of many.
-
-    Raises `LocalError` for NaN or infinity.
-    """
+def round_off(arrays: Mapping[str, Array], compression: Compression, seed: Seed | None = None) -> bytes:
+    """float32 arrays as bytes. seed: of int8's rounding; None: to nearest, for what is no mean of many."""
     if compression == "none":
         return pack(arrays)
     generator = None if seed is None else np.random.default_rng(seed)
     packed: dict[str, npt.NDArray[Any]] = {}
     for name in sorted(arrays):
-        if not np.isfinite(arrays[name]).all():
-            raise LocalError(f"{name} holds NaN or infinity, and cannot be compressed")
         rows = _rows(np.asarray(arrays[name], np.float32))
         scale = np.abs(rows).max(axis=1, initial=0.0, keepdims=True) / np.float32(_LARGEST[compression])
+        scale[~np.isfinite(scale)] = np.nan
         scaled = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
         if compression == "int8":
             scaled = np.rint(scaled) if generator is None else _rounded_at_random(scaled, generator)
             scaled = scaled.clip(-127, 127)  # a quotient may be off by its last bit
         packed[name] = scaled.astype(_DTYPES[compression]).reshape(arrays[name].shape)
         packed[name + _SCALE] = scale[:, 0]
-    return zstandard.compress(pack_as_is(packed))
+    return pack_as_is(packed)
 
 
-def decompress(content: bytes, shapes: Shapes, compression: Compression) -> Arrays:
-    """What `compress` made of arrays of these shapes, in their order: the same on every machine.
+def restore(content: bytes, shapes: Shapes, compression: Compression) -> Arrays:
+    """What `round_off` made of arrays of these shapes, in their order: the same on every machine.
 
     Raises `TooLarge`, `Malformed`, `ManifestMismatch` or `NotFinite`.
     """
     if compression == "none":
         return unpack(content, shapes)
+    if len(content) > (limit := max_rounded_bytes(shapes, compression)):
+        raise TooLarge(f"tensors of {len(content)} bytes, at most {limit} expected")
+    packed = load_exact(content, _expected(shapes, compression))
+    return {name: _restored(name, packed[name], packed[name + _SCALE]) for name in shapes}
+
+
+def restore_file(path: Path, shapes: Shapes, compression: Compression) -> Arrays:
+    """`restore` of a file; the size is checked before it is read."""
+    return restore(_read(path, max_rounded_bytes(shapes, compression)), shapes, compression)
+
+
+def max_rounded_bytes(shapes: Shapes, compression: Compression) -> int:
+    """The largest result of `round_off` for arrays of these shapes."""
+    if compression == "none":
+        return max_bytes(shapes)
+    size = _DTYPES[compression].itemsize
+    scales = {name + _SCALE: (_channels(shape),) for name, shape in shapes.items()}
+    values = sum(size * math.prod(shape) for shape in shapes.values())
+    return values + max_bytes(scales) + max_bytes(dict.fromkeys(shapes, ()))
+
+
+def compress(arrays: Mapping[str, Array], compression: Compression, seed: Seed | None = None) -> bytes:
+    """`round_off` within a zstd frame; float32 arrays as they are where nothing is rounded."""
+    rounded = round_off(arrays, compression, seed)
+    return rounded if compression == "none" else zstandard.compress(rounded)
+
+
+def decompress(content: bytes, shapes: Shapes, compression: Compression) -> Arrays:
+    """What `compress` made of arrays of these shapes. Raises as `restore` does."""
+    if compression == "none":
+        return unpack(content, shapes)
     if len(content) > (limit := max_compressed_bytes(shapes, compression)):
         raise TooLarge(f"a change of {len(content)} bytes, at most {limit} expected")
-    expected = _expected(shapes, compression)
-    packed = load_exact(_inflate(content, _max_inflated(shapes, compression)), expected)
-    return {name: _restored(name, packed[name], packed[name + _SCALE]) for name in shapes}
+    return restore(_inflate(content, max_rounded_bytes(shapes, compression)), shapes, compression)
 
 
 def decompress_file(path: Path, shapes: Shapes, compression: Compression) -> Arrays:
     """`decompress` of a file; the size is checked before it is read."""
-    if path.stat().st_size > (limit := max_compressed_bytes(shapes, compression)):
-        raise TooLarge(f"{path.name}: {path.stat().st_size} bytes, at most {limit} expected")
-    return decompress(path.read_bytes(), shapes, compression)
+    return decompress(_read(path, max_compressed_bytes(shapes, compression)), shapes, compression)
 
 
 def max_compressed_bytes(shapes: Shapes, compression: Compression) -> int:
     """The largest result of `compress` for arrays of these shapes; zstd may add a little."""
-    if compression == "none":
-        return max_bytes(shapes)
-    largest = _max_inflated(shapes, compression)
-    return largest + largest // 128 + 512
+    largest = max_rounded_bytes(shapes, compression)
+    return largest if compression == "none" else largest + largest // 128 + 512
 
 
 def raw_bytes(shapes: Shapes) -> int:
@@ -119,14 +142,10 @@ def _expected(shapes: Shapes, compression: Compression) -> dict[str, tuple[np.dt
     return values | scales
 
 
-def _max_inflated(shapes: Shapes, compression: Compression) -> int:
-    size = _DTYPES[compression].itemsize
-    scales = {name + _SCALE: (_channels(shape),) for name, shape in shapes.items()}
-    return (
-        max_bytes(scales)
-        + max_bytes(dict.fromkeys(shapes, ()))
-        + sum(size * math.prod(shape) for shape in shapes.values())
-    )
+def _read(path: Path, limit: int) -> bytes:
+    if path.stat().st_size > limit:
+        raise TooLarge(f"{path.name}: {path.stat().st_size} bytes, at most {limit} expected")
+    return path.read_bytes()
 
 
 def _inflate(content: bytes, limit: int) -> bytes:

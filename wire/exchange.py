@@ -157,7 +157,9 @@ class Exchange:
                     else:
                         silent_s += patience_s
                         if silent_s > silence_s:
-                            raise Silent(f"{peer} has sent nothing for {silent_s:.0f} s")
+                            raise Silent(
+                                f"{peer or 'the aggregator'} has sent nothing for {silent_s:.0f} s"
+                            )
                         missing.stalled()
                         patience_s = min(2 * patience_s, MAX_STALL_S)
                     if incoming.error is not None:

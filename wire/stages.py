@@ -6,7 +6,7 @@ not travel. Next: `aggregator/state.py`, `edge_client/parameters.py`.
 
 from __future__ import annotations
 
-from wire.compression import compress, decompress
+from wire.compression import restore, round_off
 from wire.manifest import Manifest
 from wire.messages import Compression
 from wire.tensors import Arrays
@@ -20,8 +20,8 @@ def advance(manifest: Manifest, stage: int, values: Arrays, compression: Compres
     Returns the frozen groups as they travel.
     """
     shapes = manifest.shapes_of(manifest.groups_frozen_after(stage))
-    content = compress({name: values[name] for name in shapes}, compression)
-    values.update(decompress(content, shapes, compression))
+    content = round_off({name: values[name] for name in shapes}, compression)
+    values.update(restore(content, shapes, compression))
     for group, source in manifest.stages[stage + 1].warm_start.items():
         for name, below in zip(manifest.names_of((group,)), manifest.names_of((source,)), strict=True):
             if below in values:

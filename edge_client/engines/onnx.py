@@ -94,9 +94,9 @@ class Onnx:
         """As in `Engine`."""
         self._loaded()
         fed = self._feeds(batch)
-        self._step += 1
         self._learning_rate[...] = learning_rate
         if not self._size:
+            self._step += 1
             loss = self._train("train", fed)
             self._values, self._following = self._following, self._values
             self._bindings.reverse()
@@ -104,6 +104,7 @@ class Onnx:
         for total in self._sums.values():
             total.fill(0)
         loss = micro_batches.whole_gradients(self, fed, self._size, self._task)
+        self._step += 1
         self._sessions["update"].run_with_iobinding(self._bindings[1])
         return loss
 

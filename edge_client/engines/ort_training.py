@@ -136,6 +136,7 @@ class OrtTraining:
     def _copy(self) -> None:
         """Bring the copy of the parameters up to date, where there are graphs that need it."""
         if self._sessions:
+            self._copied = {}  # the one before goes first
             self._copied = dict(zip(self._names, self._values(), strict=True))
 
     def _values(self) -> list[Array]:

@@ -30,28 +30,37 @@ from wire.manifest import read_manifest
 OPTIONS = {"size": 16, "patch": 4, "width": 64, "heads": 2, "image_blocks": 3, "text_blocks": 2}
 OPTIONS |= {"vocabulary": 60, "length": 8, "embedding": 32}
 MODEL = [word for name, value in OPTIONS.items() for word in ("--option", f"{name}={value}")]
-RUN = (*MODEL, "--rounds", "2", "--batch-size", "8", "--threads", "1")
+LAYERWISE = ("--schedule", "layerwise")
+RUN = ("--rounds", "2", "--batch-size", "8", "--threads", "1")
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
-    """Run once for each set of options: the last line as JSON, and the run's folder."""
+    """Run once for each set of options: the last line as JSON, and the run's folder.
+
+    Each exports the small model anew, unless its options name a bundle.
+    """
     known: dict[tuple[str, ...], tuple[dict[str, Any], Path]] = {}
 
     def run(name: str, *options: str) -> tuple[dict[str, Any], Path]:
         key = (name, *options)
         if key not in known:
             folder = tmp_path_factory.mktemp("work")
-            result = lamina(
-                "run", "--json", "--data", str(data), "--dir", str(folder), "--name", name, *RUN, *options
-            )
+            words = ("--json", "--data", str(data), "--dir", str(folder), "--name", name, *RUN, *options)
+            result = lamina("run", *words, *(() if "--bundle" in options else MODEL))
             assert result.returncode == 0, result.stderr
             known[key] = json.loads(result.stdout.splitlines()[-1]), folder / "runs" / name
         return known[key]
 
     return run
+
+
+@pytest.fixture
+def exported(run: Run) -> tuple[str, str]:
+    """Options of one more run with the bundle that the layer-wise one has exported."""
+    return "--bundle", str(run("layerwise", *LAYERWISE)[1] / "bundle")
 
 
 @pytest.mark.parametrize(
@@ -80,9 +89,8 @@ def test_the_result_of_each_schedule(run: Run, schedule: str, num_stages: int) -
 
 def test_clients_with_different_engines_train_in_one_run(run: Run) -> None:
     """One client an engine: as good a model as of one engine, up to rounding."""
-    options = ("--schedule", "layerwise")
-    mixed, folder = run("mixed", *options, *(w for name in ENGINES for w in ("--engine", name)))
-    alike, other = run("layerwise", *options)
+    mixed, folder = run("mixed", *LAYERWISE, *(w for name in ENGINES for w in ("--engine", name)))
+    alike, other = run("layerwise", *LAYERWISE)
     assert mixed["engine"] == ",".join(sorted(ENGINES))
     assert mixed["total"]["updates"] == alike["total"]["updates"]
     assert mixed["total"]["refusals"] == 0
@@ -98,19 +106,18 @@ def test_clients_with_different_engines_train_in_one_run(run: Run) -> None:
         assert mixed["total"]["metrics"][name] == pytest.approx(alike["total"]["metrics"][name], abs=0.05)
 
 
-def test_compressed_changes_in_both_directions(run: Run) -> None:
+def test_compressed_changes_in_both_directions(run: Run, exported: tuple[str, str]) -> None:
     """int8 for all that travels: a quarter of the bytes, about the same model, the same for everyone."""
-    options = ("--schedule", "layerwise")
-    small, folder = run("small", *options, "--compression", "int8", "--prefix-compression", "int8")
-    whole, _ = run("layerwise", *options)
+    small, folder = run("small", *exported, "--compression", "int8", "--prefix-compression", "int8")
+    whole, uncompressed = run("layerwise", *LAYERWISE)
     total, other = small["total"], whole["total"]
     assert (total["updates"], total["refusals"]) == (other["updates"], 0)
     assert total["raw_update_bytes_per_client"] == other["raw_update_bytes_per_client"]
     assert total["update_bytes_per_client"] < 0.3 * total["raw_update_bytes_per_client"]
     assert total["bytes_sent_per_client"] < 0.4 * other["bytes_sent_per_client"]
-    trained, graphs = trained_bytes(folder), 0
+    trained, graphs = trained_bytes(uncompressed), 0
     for number, size in enumerate(trained):
-        graphs = sum(_size(folder, name) for name in _graphs_first_used(folder, number))
+        graphs = sum(_size(uncompressed, name) for name in _graphs_first_used(uncompressed, number))
         received = small["stages"][number]["bytes_received_per_client"] - graphs
         # Once, whole, in the first round of all; from then on changes only, also from stage to stage.
         assert received < (size if number == 0 else 0) + 0.35 * 2 * size + 40_000
@@ -182,7 +189,7 @@ def test_layerwise_sends_less_than_the_others(run: Run) -> None:
 
 def test_a_frozen_group_never_changes_again(run: Run) -> None:
     """Every stage's parameters after its last round are kept: what is frozen then is the final model's."""
-    result, folder = run("layerwise", "--schedule", "layerwise")
+    result, folder = run("layerwise", *LAYERWISE)
     final = load_file(Path(result["model"]) / "model.safetensors")
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     kept = [load_file(path) for path in (folder / "aggregator" / "blobs").iterdir()]
@@ -195,7 +202,7 @@ def test_a_frozen_group_never_changes_again(run: Run) -> None:
 
 
 def test_the_final_model_is_one_in_torch_too(run: Run, data: Path) -> None:
-    result, _ = run("layerwise", "--schedule", "layerwise")
+    result, _ = run("layerwise", *LAYERWISE)
     model = load(result["model"])
     assert model.depths == {"image": 3, "text": 2}
     generator = torch.Generator().manual_seed(0)
@@ -209,8 +216,9 @@ def test_the_final_model_is_one_in_torch_too(run: Run, data: Path) -> None:
 
 
 def test_one_seed_gives_the_same_bits_and_another_gives_others(run: Run) -> None:
+    """The seed decides the export's initial parameters, too."""
     finals = [
-        load_file(Path(run(name, "--schedule", "layerwise", *options)[0]["model"]) / "model.safetensors")
+        load_file(Path(run(name, *LAYERWISE, *options)[0]["model"]) / "model.safetensors")
         for name, options in (("layerwise", ()), ("once-more", ()), ("another", ("--seed", "1")))
     ]
     first, again, other = finals
@@ -218,14 +226,24 @@ def test_one_seed_gives_the_same_bits_and_another_gives_others(run: Run) -> None
     assert not any(np.array_equal(first[name], other[name]) for name in first if "norm" not in name)
 
 
-def test_clients_without_room_for_features_train_the_same_model(run: Run) -> None:
-    """Each batch runs the prefix over its own views of the images."""
-    options = ("--schedule", "layerwise", "--augmentations", "2")
-    kept, _ = run("kept", *options, "--feature-dtype", "float32")
-    computed, folder = run("computed", *options, "--max-feature-mb", "0")
+def test_clients_with_less_room_than_they_need_train_the_same_model(
+    run: Run, exported: tuple[str, str], tmp_path: Path
+) -> None:
+    """Each batch runs the prefix over its own views of the images; the memory is what it is, and said."""
+    cramped = shutil.copytree(exported[1], tmp_path / "cramped")
+    manifest = json.loads((cramped / "manifest.json").read_text())
+    for stage in manifest["stages"]:
+        stage["expected_peak_bytes"] = 10**6
+    (cramped / "manifest.json").write_text(json.dumps(manifest))
+    views = ("--augmentations", "2")
+    kept, roomy = run("kept", *exported, *views, "--feature-dtype", "float32")
+    computed, folder = run("computed", "--bundle", str(cramped), *views, "--max-feature-mb", "0")
     for client in CLIENTS:
-        assert (folder / "logs" / f"{client}.log").read_text().count("each batch computes its own") == 4
+        told = (folder / "logs" / f"{client}.log").read_text()
+        assert told.count("each batch computes its own") == 4
+        assert told.count("MB of memory, 1 MB were expected") == 6
         assert list((folder / "clients" / client / "features").iterdir()) == []
+        assert "were expected" not in (roomy / "logs" / f"{client}.log").read_text()
     # What was frozen is fetched once, not again in each round, which would be a third more.
     received = [result["total"]["bytes_received_per_client"] for result in (computed, kept)]
     assert received[0] == pytest.approx(received[1], rel=0.15)
@@ -249,7 +267,7 @@ def test_a_local_run_starts_a_killed_client_again_and_leaves_nothing_behind(
         "--name",
         "r",
     ]
-    command += [*RUN, "--local-epochs", "30"]
+    command += [*RUN, *MODEL, "--local-epochs", "30"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
     lines = []
@@ -278,7 +296,7 @@ def test_a_local_run_starts_a_killed_client_again_and_leaves_nothing_behind(
 def test_a_client_with_unusable_data_ends_the_run_that_waits_for_it(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data/clients/cy/images/3.png").write_bytes(b"not a picture")
-    result = lamina("run", "--data", str(tmp_path / "data"), "--dir", str(tmp_path / "work"), *RUN)
+    result = lamina("run", "--data", str(tmp_path / "data"), "--dir", str(tmp_path / "work"), *RUN, *MODEL)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
@@ -320,11 +338,13 @@ def mosquitto(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("version", [4, 5])
-def test_mosquitto_instead_of_the_embedded_broker(run: Run, mosquitto: int, version: int) -> None:
+def test_mosquitto_instead_of_the_embedded_broker(
+    run: Run, exported: tuple[str, str], mosquitto: int, version: int
+) -> None:
     """By address only, over MQTT 3.1.1 and 5, and with the same result."""
     url = f"mqtt://127.0.0.1:{mosquitto}?version={version}"
-    result, _ = run(f"mosquitto-{version}", "--schedule", "layerwise", "--broker", url)
-    embedded, _ = run("layerwise", "--schedule", "layerwise")
+    result, _ = run(f"mosquitto-{version}", *exported, "--broker", url)
+    embedded, _ = run("layerwise", *LAYERWISE)
     assert result["total"]["metrics"] == embedded["total"]["metrics"]
     ours, theirs = (load_file(Path(one["model"]) / "model.safetensors") for one in (result, embedded))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

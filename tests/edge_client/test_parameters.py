@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from small_world import PLAN, World
 
 from aggregator.state import State
 from edge_client.parameters import Parameters
-from wire.errors import Malformed, TooLarge
+from wire.errors import Malformed, PeerError, Silent, TooLarge
 from wire.manifest import BlobRef
 from wire.messages import Change, Compression, Offer, RoundKey
 from wire.store import Store
@@ -26,6 +27,7 @@ class Side:
     """An aggregator that trains by itself, and one client: what it asks for goes into `fetched`."""
 
     def __init__(self, world: World, folder: Path, compression: Compression) -> None:
+        self.world = world
         self.manifest = world.manifest
         self.plan = replace(PLAN, compression=compression, prefix_compression=compression)
         self.served = Store(folder / "aggregator")
@@ -35,9 +37,12 @@ class Side:
         self.parameters = Parameters(world.manifest, self, self.store)
         self.key = RoundKey(0, 0)
 
-    async def fetch(self, ref: BlobRef, max_bytes: int) -> Path:
+    async def fetch(self, ref: BlobRef, max_bytes: int, silence_s: float = math.inf) -> Path:
         if ref.size_bytes > max_bytes:
             raise TooLarge("too large")
+        if not self.store.has(ref) and not self.served.has(ref):
+            assert silence_s < 60, "nobody has it, and we wait for ever"
+            raise Silent("nothing comes")
         if not self.store.has(ref):
             self.fetched.append(ref)
             self.store.put(self.served.path(ref).read_bytes())
@@ -68,6 +73,8 @@ class Side:
         """Take an offer as a client does, see that all of it is right; what has been fetched for it."""
         offer = offer or self.offer()
         self.fetched.clear()
+
+        self.store.keep(self.parameters.needed(offer))  # as a session does
 
         async def take() -> Arrays:
             await self.parameters.prepare(offer)
@@ -206,6 +213,45 @@ def test_a_damaged_change_is_fetched_whole(make: Make, content: bytes, caplog: p
     change = replace(side.state.change, change=side.served.put(content))
     assert side.take(replace(side.offer(), change=change)) == {change.change, side.state.parameters}
     assert "the change cannot be used" in caplog.text
+
+
+def test_a_change_that_nobody_has_any_more_is_not_waited_for(make: Make, caplog: pytest.LogCaptureFixture):
+    side = make("int8")
+    side.take()
+    side.train()
+    offer = side.offer()
+    side.served.remove(side.state.change.change)
+    assert side.take(offer) == {side.state.parameters}
+    assert "the change cannot be used: nothing comes" in caplog.text
+
+
+def test_a_client_killed_while_it_trains_goes_on_with_changes(make: Make):
+    side = make("int8")
+    side.take()
+    side.train()
+    side.take()  # and is killed before there is a report
+    side.parameters = Parameters(side.manifest, side, side.store)
+    assert side.take() == set()
+    side.train()
+    assert side.take() == {side.state.change.change}
+
+
+def test_an_offer_cannot_take_the_bundles_files_away(make: Make):
+    side = make("int8")
+    side.take()
+    side.train()
+    graph = side.manifest.files[side.manifest.initial]
+    side.store.put((side.world.folder / side.manifest.initial).read_bytes())
+    forged = replace(side.offer(), change=Change(graph, graph, side.state.parameters), frozen=(graph,))
+
+    async def take() -> None:
+        await side.parameters.prepare(forged)
+        await side.parameters.trainable(forged)
+        with pytest.raises(PeerError):
+            await side.parameters.frozen(forged, 0)
+
+    asyncio.run(take())
+    assert side.store.has(graph)
 
 
 def test_a_first_stage_that_follows_from_another_is_malformed(make: Make):

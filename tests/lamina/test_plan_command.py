@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -162,6 +163,28 @@ def test_what_a_rehearsal_finds_over_the_budget_is_planned_anew(world, tmp_path)
     assert tried[0] == 0.5
     assert tried[-1] > 0.8
     assert list(tmp_path.iterdir()) == []
+
+
+def test_after_the_last_try_what_was_there_before_is_still_there(world, tmp_path, monkeypatch):
+    """Every measurement is over the budget, whatever was planned."""
+    monkeypatch.setattr("lamina.within_budget.rehearse", lambda *_: 10**9)
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("the old one")
+    model, tried = skeleton(world.model.builder, world.model.builder_options), []
+
+    def attempt(limit):
+        tried.append(limit.correction)
+        return fit(model, replace(limit, correction=1.0), name="layerwise", rounds=2)
+
+    def write(schedule, folder, *, force, **planned):
+        return export_bundle(
+            world.model, schedule, folder, texts=TEXTS, engines=["onnx"], force=force, **planned
+        )
+
+    with pytest.raises(UserError, match="after 4 tries a stage still needs 1022 MB"):
+        export_within(Budget(900 * MB, 8, ("onnx",)), attempt, write, tmp_path / "bundle", force=True)
+    assert len(tried) == 4
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "the old one"
 
 
 @pytest.mark.parametrize("amount", ["200", "MB", "-1MB", "0MB", "200kB", "1.5.0GB", ""])

@@ -15,9 +15,13 @@ from wire.compression import (
     decompress,
     decompress_file,
     max_compressed_bytes,
+    max_rounded_bytes,
     raw_bytes,
+    restore,
+    restore_file,
+    round_off,
 )
-from wire.errors import LocalError, Malformed, ManifestMismatch, NotFinite, PeerError, TooLarge
+from wire.errors import Malformed, ManifestMismatch, NotFinite, PeerError, TooLarge
 from wire.messages import Compression
 from wire.tensors import Arrays, pack_as_is
 
@@ -104,13 +108,18 @@ def test_no_change_is_larger_than_the_limit(compression: Compression, size: floa
     content = compress(arrays(size=size), compression, 0)
     assert len(content) <= max_compressed_bytes(SHAPES, compression)
     assert decompress(content, SHAPES, compression).keys() == SHAPES.keys()
+    rounded = round_off(arrays(size=size), compression, 0)
+    assert len(rounded) <= max_rounded_bytes(SHAPES, compression)
+    both = decompress(content, SHAPES, compression), restore(rounded, SHAPES, compression)
+    assert all(np.array_equal(both[0][name], both[1][name]) for name in SHAPES)
 
 
 @pytest.mark.parametrize("compression", LOSSY)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_our_own_defect(compression: Compression, bad: float):
-    with pytest.raises(LocalError, match="NaN or infinity"):
-        compress({"b": np.array([0, bad], np.float32)}, compression, 0)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_by_who_gets_it(compression: Compression, bad: float):
+    content = compress({"b": np.array([0, bad], np.float32)}, compression, 0)
+    with pytest.raises(NotFinite, match="b holds NaN or infinity"):
+        decompress(content, {"b": (2,)}, compression)
 
 
 def packed(compression: Compression, **changes: np.ndarray) -> bytes:
@@ -159,8 +168,9 @@ def test_a_file_too_large_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "change"
     with path.open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(TooLarge):
-        decompress_file(path, {"b": (3,)}, "int8")
+    for read in (decompress_file, restore_file):
+        with pytest.raises(TooLarge):
+            read(path, {"b": (3,)}, "int8")
 
 
 def test_parameters_after_a_change():
