@@ -59,7 +59,7 @@ def main() -> None:
     data = prepared(scale, options.data, out)
     for part in options.part or PARTS[scale.model]:
         if part == "rows":
-            rows(results, scale, data, out, options.rows or [*ROWS, FLOWER])
+            rows(results, scale, data, out, options.rows or [*ROWS, FLOWER], options.flower_rounds)
         elif part == "seeds":
             seeds(results, scale, data, out, options.seeds)
         elif part == "curves":
@@ -73,13 +73,15 @@ def main() -> None:
         sys.exit(f"{results.missing} of the figures could not be measured, see above")
 
 
-def rows(results: Results, scale: Scale, data: Path, out: Path, names: list[str]) -> None:
-    """The table, and what its processes take before they do anything."""
+def rows(
+    results: Results, scale: Scale, data: Path, out: Path, names: list[str], flower_rounds: int = 0
+) -> None:
+    """The table, and what its processes take before they do anything. flower_rounds: the most to run."""
     for name in names:
         if name == FLOWER:
             python = str(environment(out) / "python")
             results.need("bare", name, partial(bare, "flower", python))
-            results.need("rows", name, partial(measure_flower, scale, data, out))
+            results.need("rows", name, partial(measure_flower, scale, data, out, flower_rounds))
             continue
         row = ROWS[name]
         results.need("bare", row.engine, partial(bare, row.engine))
@@ -138,6 +140,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="emoji, prepared for 4 clients [default: downloaded]")
     parser.add_argument("--part", action="append", choices=sorted({p for ps in PARTS.values() for p in ps}))
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, FLOWER], help="[default: all]")
+    parser.add_argument(
+        "--flower-rounds", type=int, default=4, help="how many of its rounds Flower runs  [default: 4]"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of the part `seeds`")
     parser.add_argument("--budget", type=int, action="append", metavar="MB", help="of the part `budgets`")
     parser.add_argument("--again", action="store_true", help="measure also what is measured already")
