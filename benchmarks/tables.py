@@ -104,8 +104,8 @@ def beside(rows: dict[str, Result]) -> list[str]:
             f"{row['rounds']} are made. "
         )
     return [
-        f"{few}The SuperNode and SuperExec of a Flower client take {row['beside_mb']:,.0f} MB more than its "
-        f"row says (the sum of their peaks). Of its {row['cpu_s']:,.0f} processor seconds, "
+        f"{few}The SuperNode and SuperExec of a Flower client take {row['beside_mb']:,.0f} MB more than "
+        f"its row says (the sum of their peaks). Of its {row['cpu_s']:,.0f} processor seconds, "
         f"{row['train_cpu_s']:,.0f} are spent within the training function, of the run's "
         f"{row['wall_s']:,.0f} s {row['train_s']:,.0f}. "
         f"flwr {row['packages']['flwr']}, torch {row['packages']['torch']}.",
