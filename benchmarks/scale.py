@@ -70,7 +70,7 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale("tiny", clients=4, examples=None, held_out=None, rounds=8, local_epochs=1),
+    "tiny": Scale("tiny", clients=4, examples=None, held_out=None, rounds=4, local_epochs=1),
     "vit-tiny": Scale("vit-tiny", clients=2, examples=32, held_out=64, rounds=2, local_epochs=2),
 }
 

@@ -137,13 +137,11 @@ def differences(curves: dict[str, Result]) -> str:
 
 def budgets(results: dict[str, Result]) -> str:
     """What clients took that were given so much."""
-    head = ["`--memory-budget`, MB", "stages", "peak memory, MB", "by stage, MB", "a round, s"]
+    head = ["`--memory-budget`, MB", "stages", "peak memory, MB", "the peak so far by stage, MB"]
     lines = []
     for name, one in sorted(results.items(), key=lambda item: int(item[0])):
         peaks = [f"{peak:.0f}" for peak in one["peak_mb_by_stage"]]
-        lines.append(
-            [name, str(len(peaks)), f"{one['peak_mb']:.0f}", ", ".join(peaks), f"{one['mean_round_s']:.1f}"]
-        )
+        lines.append([name, str(len(peaks)), f"{one['peak_mb']:.0f}", ", ".join(peaks)])
     return markdown(head, lines)
 
 
