@@ -18,17 +18,25 @@ from wire.errors import UserError
 
 LINES = {"end_to_end": ("#aaaaaa", 7), "progressive": ("#e69f00", 4), "layerwise": ("#0072b2", 1.8)}
 """Schedule -> colour and width in points, the widest first, so equal lines are all seen."""
-PANELS: tuple[tuple[str, str, float, Callable[[StageCost], int]], ...] = (
-    ("Train step, with the feature cache", "MFLOP per example", 1e6, lambda stage: stage.train_flops),
+PANELS: tuple[tuple[str, str, Callable[[StageCost, int], float]], ...] = (
+    (
+        "Train step, and its share of the feature cache's pass",
+        "MFLOP per example",
+        lambda stage, epochs: stage.train_flops + stage.segment_flops / (stage.rounds * epochs),
+    ),
     (
         "Train step and whole prefix, without the cache",
         "MFLOP per example",
-        1e6,
-        lambda stage: stage.train_flops + stage.prefix_flops,
+        lambda stage, _epochs: stage.train_flops + stage.prefix_flops,
     ),
-    ("Bytes down and as many up, float32", "MB per round", 1e6, lambda stage: stage.round_bytes["none"]),
-    ("Expected peak memory of a client", "MB", 1e6, lambda stage: stage.peak_bytes),
+    (
+        "Bytes down and as many up, float32",
+        "MB per round",
+        lambda stage, _epochs: stage.round_bytes["none"],
+    ),
+    ("Expected peak memory of a client", "MB", lambda stage, _epochs: stage.peak_bytes),
 )
+"""Title, unit, and a stage's height in it over 10^6, by the local epochs of a round."""
 
 
 def draw(costs: list[ScheduleCost], setting: Setting, path: Path) -> None:
@@ -61,14 +69,13 @@ def _panel(
     costs: list[ScheduleCost],
     title: str,
     unit: str,
-    scale: float,
-    of: Callable[[StageCost], int],
+    of: Callable[[StageCost, int], float],
 ) -> None:
     ordered = sorted(costs, key=lambda cost: list(LINES).index(cost.schedule))
     for cost in ordered:
         colour, width = LINES[cost.schedule]
         ends = [0, *accumulate(stage.rounds for stage in cost.stages)]
-        heights = [of(stage) / scale for stage in cost.stages]
+        heights = [of(stage, cost.local_epochs) / 1e6 for stage in cost.stages]
         axes.stairs(heights, ends, baseline=None, color=colour, linewidth=width, label=cost.schedule)
     axes.set_title(title, fontsize=10)
     axes.set_ylabel(unit)

@@ -26,12 +26,13 @@ _RUN = (
 _NOTES = (
     "trained, frozen: parameters of the model attached.",
     "step: forward and backward, per example, in each epoch of each round.",
-    "segment: what the feature cache runs, per example, once per stage.",
+    "segment: what the feature cache runs, per view of an example, once per stage.",
     "prefix: what each step would run besides, without the cache.",
     "fp32, fp16, int8: the update, each round, down and up, before zstd.",
     "once: what was frozen last, down, as fp32.",
     "run: FLOPs per example with and without the cache, bytes of fp32; x end_to_end.",
 )
+_MICRO = "Micro-batches are the bundle's; a contrastive step then runs forward twice."
 
 
 def table(costs: list[ScheduleCost], setting: Setting) -> Group:
@@ -41,8 +42,9 @@ def table(costs: list[ScheduleCost], setting: Setting) -> Group:
         own = "" if place else ", the bundle's own"
         parts += [Text.assemble((cost.schedule, "bold"), own), _stages(cost), Text()]
     epochs = f"{setting.local_epochs} local epoch{'s' if setting.local_epochs > 1 else ''}"
+    micro = any(stage.micro_batch_size for cost in costs for stage in cost.stages)
     peak = f"peak: expected of a client, {setting.engine}, batches of {setting.batch_size}, {epochs}."
-    notes = (Text(note, style="dim") for note in (*_NOTES, peak))
+    notes = (Text(note, style="dim") for note in (*_NOTES, *([_MICRO] if micro else []), peak))
     return Group(*parts, Text("the whole run of a client", style="bold"), _totals(costs), Text(), *notes)
 
 

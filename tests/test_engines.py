@@ -190,6 +190,11 @@ def test_inputs_of_different_sizes_are_our_own_fault_in_micro_batches(micro, eng
                 with pytest.raises(LocalError, match="different sizes, or empty"):
                     call(wrong)
         assert all(np.array_equal(value, one.values[name]) for name, value in opened.parameters().items())
+        opened.train_step(batch, 0.1)
+        after = opened.parameters()
+        opened.load(one.values)  # and what failed did not count as a step
+        opened.train_step(batch, 0.1)
+        assert all(np.array_equal(value, after[name]) for name, value in opened.parameters().items())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a graph"])
