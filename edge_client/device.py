@@ -13,17 +13,20 @@ Next: `edge_client/session.py`.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from wire.lock import locked
 from wire.store import Store
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ class Device:
         """The blobs, while no other process may use the folder. Raises `UserError` if one does."""
         with locked(self.folder, "stop it, or give this one its own --dir and --name"):
             yield Store(self.folder / "blobs")
+
+
+def share_heap() -> None:
+    """Let all threads of this process take memory from one heap, where that is to be had (glibc).
+
+    A thread else gets a heap of its own, which keeps what it has freed: a client whose rounds are trained
+    by one thread and then another would hold the memory of both.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 1)
 
 
 def peak_rss_bytes() -> int:

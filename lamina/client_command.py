@@ -65,11 +65,12 @@ def command(
     folder: Path | None,
 ) -> None:
     """Train on this device's data in a run on the broker, until the run is over."""
-    from edge_client.device import Device
+    from edge_client.device import Device, share_heap
     from edge_client.engines import ENGINES, choose
     from edge_client.session import take_part
     from inputs.table import read_table
 
+    share_heap()
     address = Broker.parse(broker)
     name = check_name(name or _host(), "the client's name")
     if run is not None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+from platform import libc_ver
 
 import pytest
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
+from platform import libc_ver
 from edge_client.device import Device
 with Device("ann", Path("data"), Path(sys.argv[1])).opened():
     print("open", flush=True)
@@ -24,6 +26,7 @@ with Device("ann", Path("data"), Path(sys.argv[1])).opened():
 TRY = """
 import sys
 from pathlib import Path
+from platform import libc_ver
 from edge_client.device import Device
 from wire.errors import UserError
 try:
@@ -31,6 +34,22 @@ try:
         print("open")
 except UserError as error:
     print(error, error.hint, sep="; ")
+"""
+TWO_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from edge_client.device import peak_rss_bytes, share_heap
+if sys.argv[1] == "shared":
+    share_heap()
+kept, before = [], peak_rss_bytes()
+def work(_):
+    pieces = [np.ones(60_000, np.uint8) for _ in range(1000)]
+    kept.append(pieces[-1])  # what lies below it cannot be given back to the system
+with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+    for pool in (one, other, one, other):
+        list(pool.map(work, [0]))
+print(peak_rss_bytes() - before)
 """
 BIG_PARENT = """
 import subprocess, sys
@@ -42,6 +61,7 @@ sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
 SMALL_CHILD = """
 import resource
 from pathlib import Path
+from platform import libc_ver
 from edge_client.device import peak_rss_bytes
 SLACK = 1e6  # the kernel counts pages in bunches
 def current():
@@ -155,3 +175,13 @@ def test_the_version_is_the_distributions(monkeypatch):
 
     monkeypatch.setattr("importlib.metadata.version", missing)
     assert version() == "unknown"
+
+
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="other C libraries have one heap, or their own ways")
+def test_a_thread_uses_what_another_has_freed() -> None:
+    def grown(heap: str) -> int:
+        command = [sys.executable, "-c", TWO_THREADS, heap]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+    assert grown("own") > 100_000_000
+    assert grown("shared") < 80_000_000
