@@ -5,7 +5,8 @@ import looks for its torch bridge, and with it loads torch and onnx wherever the
 250 MB. Hiding `onnxruntime.training` during that import prevents it. A session's memory patterns are off:
 they keep a block of the size of a whole step beside what the first step has left behind. All sessions take
 their memory from one arena of the process: they run one after the other, and an arena keeps the most that
-it ever had, so with one each the passes of a step would hold their memory side by side.
+it ever had, so with one each the passes of a step would hold their memory side by side. What a block of it
+has over a request is split off for others; by default up to 128 MB go to waste.
 
 Next: `edge_client/engines/onnx.py` and `ort_training.py`; `edge_client/cache.py` runs segments.
 """
@@ -52,13 +53,16 @@ def onnxruntime() -> Any:
     return package
 
 
+_ARENA = {"max_dead_bytes_per_chunk": 1 << 18}
+
+
 @functools.cache
 def _register_arena() -> None:
     """Once in a process: the runtime refuses a second."""
     package = onnxruntime()
     kind, use = package.OrtAllocatorType.ORT_ARENA_ALLOCATOR, package.OrtMemType.DEFAULT
     place = package.OrtMemoryInfo("Cpu", kind, 0, use)
-    package.create_and_register_allocator(place, package.OrtArenaCfg({}))
+    package.create_and_register_allocator(place, package.OrtArenaCfg(_ARENA))
 
 
 def session_options(threads: int, *, arena: bool = True) -> Any:
