@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 	$(BIN)/lamina run
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
