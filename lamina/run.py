@@ -18,7 +18,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from aggregator.events import RunClosed
     from lamina.processes import Processes
     from lamina.view import View
+    from wire.manifest import Manifest
 
 
 EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "memory_budget")
@@ -164,9 +165,11 @@ def command(
         raise UserError(f"a local run needs {error.name}", 'pip install "lamina[all]"') from error
     from aggregator.plan import RunPlan
 
+    exported: Collection[str] | None = None
     if bundle is not None:
-        schedule = _schedule_of(bundle, context)
-    engines = tuple(engines_of(engine, bundle))
+        manifest = _manifest(bundle, context)
+        schedule, exported = manifest.schedule, manifest.stages[0].engines
+    engines = tuple(engines_of(engine, exported))
     if broker is not None:
         Broker.parse(broker)
     pairs(columns, "--column")
@@ -208,18 +211,19 @@ def command(
         click.echo(json.dumps(as_result(closed)))
 
 
-def engines_of(names: tuple[str, ...], bundle: Path | None = None) -> Iterator[str]:
-    """The engines that these names mean here and for a bundle. Raises `UserError`."""
+def engines_of(names: tuple[str, ...], exported: Collection[str] | None) -> Iterator[str]:
+    """The engines that these names mean here, for a bundle `exported` for these; None: for any.
+
+    Raises `UserError`.
+    """
     from edge_client.engines import ENGINES, choose
-    from wire.manifest import read_manifest
 
-    known = ENGINES if bundle is None else read_manifest(bundle)[0].stages[0].engines
     for name in names:
-        yield choose(name, known)
+        yield choose(name, ENGINES if exported is None else exported)
 
 
-def _schedule_of(bundle: Path, context: click.Context) -> str:
-    """What the bundle was exported for. Raises `UserError`, also for an option that only an export has."""
+def _manifest(bundle: Path, context: click.Context) -> Manifest:
+    """The bundle's. Raises `UserError`, also for an option that only an export heeds."""
     from wire.manifest import read_manifest
 
     for option in context.command.params:
@@ -228,7 +232,7 @@ def _schedule_of(bundle: Path, context: click.Context) -> str:
                 f"{option.opts[0]} was decided when {bundle} was exported",
                 "leave it out, or leave out --bundle to export anew",
             )
-    return read_manifest(bundle)[0].schedule
+    return read_manifest(bundle)[0]
 
 
 def as_result(closed: RunClosed) -> dict[str, Any]:

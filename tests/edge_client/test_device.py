@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from platform import libc_ver
 from edge_client.device import Device
 with Device("ann", Path("data"), Path(sys.argv[1])).opened():
     print("open", flush=True)
@@ -26,7 +25,6 @@ with Device("ann", Path("data"), Path(sys.argv[1])).opened():
 TRY = """
 import sys
 from pathlib import Path
-from platform import libc_ver
 from edge_client.device import Device
 from wire.errors import UserError
 try:
@@ -61,7 +59,6 @@ sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
 SMALL_CHILD = """
 import resource
 from pathlib import Path
-from platform import libc_ver
 from edge_client.device import peak_rss_bytes
 SLACK = 1e6  # the kernel counts pages in bunches
 def current():

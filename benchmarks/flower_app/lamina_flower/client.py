@@ -1,7 +1,7 @@
 """A Flower client with PyTorch: all of the model's parameters, by Lamina's data, order and optimizer.
 
 Rules: it is what a person would write with Flower's `ClientApp`, without tricks for or against it. It reads
-the examples by Lamina's `inputs/` (memory-mapped, one batch in memory), in the order that
+the examples by Lamina's `inputs/` (from disk, one batch in memory), in the order that
 `edge_client/train.py` takes them. What its process has used goes to a file for each round, when its work is
 done and once more when it ends, for Flower sends the reply in between.
 
