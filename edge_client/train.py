@@ -52,8 +52,8 @@ def train(
             indices = np.sort(order[first : first + plan.batch_size])
             chosen = None if views is None else views[indices]
             # One batch in memory: it has no name that would keep it while the next is made.
-            loss = engine.train_step(features.batch(indices, chosen), plan.learning_rate)
-            total += loss * len(indices)
+            mean = engine.train_step(features.batch(indices, chosen), plan.learning_rate)
+            total += mean * len(indices)
         loss = total / len(order)
     delta = engine.parameters()
     for name, value in delta.items():  # in place: the engine still holds all its memory
