@@ -264,7 +264,7 @@ class Connection:
     def _renew(self) -> None:
         """End the connection as a cut cable would; paho makes it anew and sends again what waits."""
         log.warning(
-            "%s has acknowledged nothing for %.0f s, connecting again",
+            "%s has left a message unacknowledged for %.0f s, connecting again",
             self.broker,
             self._patience_s,
             extra=self._fields,

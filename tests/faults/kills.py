@@ -138,7 +138,7 @@ class Service:
             self.process.wait(GRACE_S / 4)
         self.process.terminate()  # one that was away when the run ended waits for the next
         code = self.process.wait(GRACE_S)
-        if code not in (0, 130):
+        if code not in (0, 130, NO_BROKER, -signal.SIGKILL):  # the last two: it was away
             raise RunFailed(f"{self.name} ended with exit code {code}: {last_line(self.log)}")
 
     def _start(self) -> None:

@@ -255,7 +255,7 @@ def test_what_is_not_acknowledged_is_sent_again_on_a_new_connection(
     broker.run(lambda connection: publish_all(connection, 4))
     assert broker.connections == 2
     assert broker.published == [(0, b"\0"), (0, b"\1"), (0, b"\2"), (0, b"\3"), (1, b"\1"), (1, b"\3")]
-    assert "acknowledged nothing" in caplog.text
+    assert "left a message unacknowledged" in caplog.text
 
 
 def test_a_broker_that_takes_its_time_with_each_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
