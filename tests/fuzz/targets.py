@@ -15,11 +15,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
+import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -97,12 +98,17 @@ CHANGE = Change(BlobRef.of(b"base"), BlobRef.of(b"change"), BlobRef.of(b"result"
 
 @dataclass(frozen=True)
 class Target:
-    """decode: takes the fuzzer's bytes. seeds: that it accepts. max_bytes: of an input."""
+    """decode: takes the fuzzer's bytes. seeds: that it accepts. max_bytes: of an input.
+
+    tree: of inputs that are a tree of values, what reads and writes such a tree. msgspec is not written in
+    Python, so the fuzzer does not see how far it came; a tree with one other value gets further than bytes.
+    """
 
     decode: Callable[[bytes], object]
     seeds: tuple[bytes, ...]
     max_bytes: int
     rss_mb: int = BASE_MB
+    tree: Any = None
 
 
 def accepts(target: Target, content: bytes) -> bool:
@@ -112,6 +118,74 @@ def accepts(target: Target, content: bytes) -> bool:
     except EXPECTED:
         return False
     return True
+
+
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63 - 1,
+    2**63,
+    1e308,
+    -0.0,
+    "",
+    "a/b",
+    "+",
+    "\0",
+    "x" * 70,
+    b"\xff",
+    [],
+    {},
+)
+
+
+def with_another_value(tree: Any, dice: random.Random) -> Any:
+    """Somewhere in it a value is another one, another's, there twice, or gone."""
+    places: list[tuple[Any, Any]] = []
+
+    def gather(value: Any) -> None:
+        inner = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list)
+            else ()
+        )
+        for key, one in inner:
+            places.append((value, key))
+            gather(one)
+
+    gather(tree)
+    if not places:
+        return dice.choice(VALUES)
+    (parent, key), (other, place) = dice.choice(places), dice.choice(places)
+    match dice.randrange(4):
+        case 0:
+            parent[key] = dice.choice(VALUES)
+        case 1:
+            parent[key] = other[place] if other[place] is not parent else None
+        case 2:
+            del parent[key]
+        case 3 if isinstance(parent, list):
+            parent *= dice.choice((2, 3, 100))
+        case _:
+            parent[dice.choice(("news", "sha256", "size_bytes", "type"))] = dice.choice(VALUES)
+    return tree
+
+
+def mutated(target: Target, content: bytes, max_bytes: int, seed: int) -> bytes:
+    """What the fuzzer tries next: half of the time a tree with another value, where the input is one."""
+    dice = random.Random(seed)
+    if target.tree is not None and dice.random() < 0.5:
+        with contextlib.suppress(
+            msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError, TypeError
+        ):
+            changed = target.tree.encode(with_another_value(target.tree.decode(content), dice))
+            if len(changed) <= max_bytes:
+                return bytes(changed)
+    return bytes(atheris.Mutate(content, max_bytes))
 
 
 MESSAGES: dict[type[Any], tuple[Message, ...]] = {
@@ -134,7 +208,8 @@ MESSAGES: dict[type[Any], tuple[Message, ...]] = {
 
 def _message(kind: type[Any]) -> Target:
     limit = MAX_OFFER_BYTES if kind is Offer else MAX_MESSAGE_BYTES
-    return Target(lambda content: decode(content, kind), tuple(map(encode, MESSAGES[kind])), limit + 1)
+    seeds = tuple(map(encode, MESSAGES[kind]))
+    return Target(lambda content: decode(content, kind), seeds, limit + 1, tree=msgspec.msgpack)
 
 
 def _want(content: bytes) -> None:
@@ -283,10 +358,12 @@ def targets() -> dict[str, Target]:
     arrays, files = _arrays(), Files()
     table = b'image,text,label\na.png,a red fox,animal\nb.png,"ferns, green",plant\n'
     found = {kind.__name__.lower(): _message(kind) for kind in get_args(Message)}
-    found["want"] = Target(_want, found["want"].seeds, MAX_MESSAGE_BYTES + 1)
+    found["want"] = replace(found["want"], decode=_want)
     found["chunk"] = Target(_chunk, (encode_chunk(BLOB, 0, CONTENT[: CHUNK_BYTES - 20]),), 2 * CHUNK_BYTES)
     found["topic"] = Target(_topic, (b"ann\nreport", b"pi-4.b_c\nhello"), 200)
-    found["manifest"] = Target(decode_manifest, (encode_manifest(_manifest()),), 256 << 10)
+    found["manifest"] = Target(
+        decode_manifest, (encode_manifest(_manifest()),), 256 << 10, tree=msgspec.json
+    )
     limit = max_bytes(SHAPES) + 1
     found["tensors"] = Target(lambda content: unpack(content, SHAPES), (pack(arrays),), limit)
     found["tensors_file"] = Target(files.tensors, (pack(arrays),), limit)
@@ -297,7 +374,7 @@ def targets() -> dict[str, Target]:
         inflated = partial(decompress, shapes=SHAPES, compression=kind)
         content = tuple(compress(arrays, kind, seed) for seed in seeds)
         found[f"change_{kind}"] = Target(inflated, content, max_compressed_bytes(SHAPES, kind) + 1)
-    found["pending"] = Target(files.pending, (_pending(),), 4 << 10)
+    found["pending"] = Target(files.pending, (_pending(),), 4 << 10, tree=msgspec.msgpack)
     found["rows"] = Target(files.rows, (files.seed_of_rows(),), 1 << 10)
     found["books"] = Target(files.books, (files.seed_of_books(),), 64 << 10)
     found["table"] = Target(files.table, (table, b"\xef\xbb\xbf" + table), 16 << 10)
@@ -314,7 +391,9 @@ def targets() -> dict[str, Target]:
 def main() -> None:
     """Fuzz one, as long as libFuzzer's options say."""
     target = targets()[sys.argv.pop(1)]
-    atheris.Setup(sys.argv, lambda content: accepts(target, content))
+    atheris.Setup(
+        sys.argv, lambda content: accepts(target, content), custom_mutator=partial(mutated, target)
+    )
     atheris.Fuzz()
 
 
