@@ -50,13 +50,14 @@ class RoundOpened(msgspec.Struct, frozen=True, tag=True):
 
 
 class UpdateAccepted(msgspec.Struct, frozen=True, tag=True):
-    """It takes part in the average."""
+    """It takes part in the average, `staleness` rounds after the one it was trained for."""
 
     key: RoundKey
     client: str
     num_examples: int
     loss: float
     size_bytes: int
+    staleness: int = 0
 
 
 class UpdateRefused(msgspec.Struct, frozen=True, tag=True):

@@ -16,6 +16,7 @@ from wire.messages import (
     MAX_AUGMENTATIONS,
     MAX_LEARNING_RATE,
     MAX_SECONDS,
+    MAX_STALENESS,
     Compression,
     RoundKey,
     TrainPlan,
@@ -29,6 +30,9 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     The learning rate is AdamW's at the start of a stage; it falls to `final_learning_rate_share` of it
     along a half cosine over the stage's rounds.
+
+    buffer_size and max_staleness together are FedBuff (Nguyen et al., arXiv 2106.06639): a client that is
+    still training when a round ends goes on, and its update counts in a later one.
     """
 
     fraction_train: Annotated[float, Meta(description="Share of the available clients in a round.")] = 1.0
@@ -38,6 +42,16 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_updates: Annotated[
         int, Meta(description="With fewer at its deadline, a round is offered once more.")
     ] = 1
+    over_selection: Annotated[
+        float,
+        Meta(description="Share of clients that are asked beyond those waited for."),
+    ] = 0.0
+    buffer_size: Annotated[
+        int, Meta(description="A round ends with so many updates; 0: with one of each client it waits for.")
+    ] = 0
+    max_staleness: Annotated[
+        int, Meta(description="Rounds by which an update may be late and still count, for less; 0: none.")
+    ] = 0
     round_deadline_s: Annotated[
         float, Meta(description="Seconds until a round ends with the updates that are in.")
     ] = 600.0
@@ -65,6 +79,9 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "fraction_train": (0 < self.fraction_train <= 1, "more than 0, at most 1"),
             "min_available_clients": (self.min_available_clients >= 1, "at least 1"),
             "min_updates": (self.min_updates >= 1, "at least 1"),
+            "over_selection": (0 <= self.over_selection <= 10, "from 0 to 10"),
+            "buffer_size": (self.buffer_size >= 0, "0 or more"),
+            "max_staleness": (0 <= self.max_staleness <= MAX_STALENESS, f"from 0 to {MAX_STALENESS}"),
             "round_deadline_s": (0 < self.round_deadline_s <= MAX_SECONDS, "more than 0 seconds"),
             "rounds": (self.rounds >= 0, "0 or more"),
             "local_epochs": (1 <= self.local_epochs < 2**31, "at least 1"),
@@ -92,6 +109,11 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"min_updates is {self.min_updates}, and a round may have only {smallest} clients",
                 "lower it, or raise min_available_clients",
             )
+        if 0 < self.buffer_size < self.min_updates:
+            raise UserError(
+                f"buffer_size is {self.buffer_size}, and min_updates {self.min_updates}",
+                "lower min_updates, or raise buffer_size",
+            )
 
     def train_plan(self, key: RoundKey, rounds: int) -> TrainPlan:
         """What a client is told for round `key.round` of a stage of `rounds` rounds."""
@@ -106,4 +128,5 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             compression=self.compression,
             prefix_compression=self.prefix_compression,
             augmentations=self.augmentations,
+            max_staleness=self.max_staleness,
         )

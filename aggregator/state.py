@@ -10,19 +10,22 @@ Next: `aggregator/run.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from aggregator.books import Books
+from aggregator.books import Books, Checkpoint
 from wire.compression import Seed, added, compress, decompress
-from wire.errors import LocalError, UserError
+from wire.errors import UserError
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Change, Compression, RoundKey
 from wire.stages import advance
 from wire.store import Store
 from wire.tensors import Array, Arrays, pack, unpack_file
+
+log = logging.getLogger(__name__)
 
 
 class State:
@@ -69,8 +72,12 @@ class State:
             last = max(rounds)
             self._load(done[last])
             ends.add(self.parameters)
-        self._store.keep({*ends, *self.frozen, self.parameters})  # a killed process left what it was at
+        self._store.keep({*ends, *self.frozen, *self._blobs()})  # a killed process left what it was at
         return last
+
+    def checkpoint(self) -> Checkpoint:
+        """What `resume` needs of this round."""
+        return Checkpoint(self.parameters, self.change)
 
     def next_stage(self) -> None:
         """Freeze what the next stage does not train, and attach the next blocks, warm where so planned."""
@@ -86,9 +93,12 @@ class State:
     def update(self, values: Mapping[str, Array], seed: Seed) -> set[BlobRef]:
         """Take a round's result into the store. The blobs it replaces, to be removed after the checkpoint.
 
-        seed: of the rounding of a compressed change.
+        seed: of the rounding of a compressed change. A result that is not finite changes nothing.
         """
         before = self._blobs()
+        if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
+            log.warning("the updates together leave %s beyond float32: this round changes nothing", bad[0])
+            values = self.trainable()
         if self._compression == "none":
             self.values.update(values)
             self.parameters = self._put(self._trainable)
@@ -99,8 +109,6 @@ class State:
     def _change(self, values: Mapping[str, Array], seed: Seed) -> None:
         now = self.trainable()
         change = {name: values[name] - now[name] for name in now}
-        if bad := [name for name, value in change.items() if not np.isfinite(value).all()]:
-            raise LocalError(f"the updates together change {bad[0]} by more than float32 holds")
         content = compress(change, self._compression, seed)
         shapes = self._manifest.shapes_of(self._trainable)
         self.values.update(added(now, decompress(content, shapes, self._compression)))
@@ -117,10 +125,12 @@ class State:
     def _put(self, groups: tuple[str, ...]) -> BlobRef:
         return self._store.put(pack({name: self.values[name] for name in self._manifest.names_of(groups)}))
 
-    def _load(self, ref: BlobRef) -> None:
+    def _load(self, checkpoint: Checkpoint) -> None:
+        ref = checkpoint.parameters
         if not self._store.has(ref):
             raise UserError(
                 f"{self._store.path(ref)} is missing or damaged", "the run cannot go on: start it anew"
             )
         self.values.update(unpack_file(self._store.path(ref), self._manifest.shapes_of(self._trainable)))
-        self.parameters = ref
+        change = checkpoint.change  # only a short cut: without it clients fetch the parameters whole
+        self.parameters, self.change = ref, change if change and self._store.has(change.change) else None

@@ -149,12 +149,23 @@ class Link:
         """The result of `work`; None, and its cancellation, once the run is over."""
         return await self._unless(lambda: self._over, work)
 
-    async def unless_superseded(self, offer: Offer, work: Coroutine[Any, Any, T]) -> T | None:
+    async def unless_superseded(
+        self, offer: Offer, work: Coroutine[Any, Any, T], may_lag: Callable[[Offer], int]
+    ) -> T | None:
         """The result of `work`; None, and its cancellation, once other work than this is on offer.
 
-        The same round, offered for longer, is the same work.
+        The same round, offered for longer, is the same work. may_lag: by how many rounds of the stage the
+        offer may be behind the newest one.
         """
-        return await self._unless(lambda: self._over or _work(self._offer) != _work(offer), work)
+
+        def superseded() -> bool:
+            newest = self._offer
+            if newest is None or _work(newest) == _work(offer):
+                return newest is None
+            lag = newest.key.round - offer.key.round
+            return newest.key.stage != offer.key.stage or not 0 < lag <= may_lag(offer)
+
+        return await self._unless(lambda: self._over or superseded(), work)
 
     async def _unless(self, ended: Callable[[], bool], work: Coroutine[Any, Any, T]) -> T | None:
         async def until_ended() -> None:

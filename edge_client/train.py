@@ -16,6 +16,7 @@ from threading import Event
 
 import numpy as np
 
+from edge_client.checkpoint import Checkpoint, Progress
 from edge_client.engines import Engine
 from edge_client.features import Features, Stopped
 from wire.messages import TrainPlan
@@ -36,19 +37,35 @@ class Trained:
 
 
 def train(
-    engine: Engine, parameters: Arrays, features: Features, plan: TrainPlan, client: str, stop: Event
+    engine: Engine,
+    parameters: Arrays,
+    features: Features,
+    plan: TrainPlan,
+    client: str,
+    stop: Event,
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
-    """Train by `plan`. `parameters`: torch name -> float32, all that train. Raises `Stopped`."""
-    engine.load(parameters)
+    """Train by `plan`, from where `checkpoint` has it, and leave there how far it comes.
+
+    parameters: torch name -> float32, all that train. Raises `Stopped`.
+    """
+    begin = checkpoint.resume(engine) if checkpoint is not None else None
+    if begin is None:
+        engine.load(parameters)
+        begin = Progress()
     generator = np.random.default_rng([plan.seed, zlib.crc32(client.encode())])
     loss = 0.0
-    for _ in range(plan.local_epochs):
-        total = 0.0
+    for epoch in range(plan.local_epochs):
         order = generator.permutation(len(features))
         views = generator.integers(plan.augmentations, size=len(order)) if plan.augmentations else None
-        for first in range(0, len(order), plan.batch_size):
+        if epoch < begin.epoch:
+            continue
+        start, total = (begin.first, begin.total) if epoch == begin.epoch else (0, 0.0)
+        for first in range(start, len(order), plan.batch_size):
             if stop.is_set():
                 raise Stopped
+            if checkpoint is not None and checkpoint.due:
+                checkpoint.save(engine, Progress(epoch, first, total))
             indices = np.sort(order[first : first + plan.batch_size])
             chosen = None if views is None else views[indices]
             # One batch in memory: it has no name that would keep it while the next is made.

@@ -44,6 +44,13 @@ from wire.topics import check_name
     help="Threads of a train step.  [default: all cores]",
 )
 @feature_options
+@click.option(
+    "--checkpoint-s",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="Seconds of training that may be lost when the device dies.",
+)
 @column_option
 @click.option(
     "--dir",
@@ -61,6 +68,7 @@ def command(
     threads: int,
     feature_dtype: str,
     max_feature_mb: int | None,
+    checkpoint_s: float,
     columns: tuple[str, ...],
     folder: Path | None,
 ) -> None:
@@ -87,6 +95,7 @@ def command(
         columns=pairs(columns, "--column"),
         feature_dtype=feature_dtype,
         max_feature_bytes=None if max_feature_mb is None else max_feature_mb * 10**6,
+        checkpoint_s=checkpoint_s,
     )
     run_until_stopped(take_part(address, device, run))
 

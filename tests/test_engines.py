@@ -19,7 +19,7 @@ from export.parity import input_limits, parameter_error, reference
 from export.schedules import SCHEDULES
 from export.stage import cut_stages, example
 from models.registry import build
-from wire.errors import LocalError, UserError
+from wire.errors import GraphError, LocalError, UserError
 from wire.manifest import AdamW
 
 LEARNING_RATE = 1e-3
@@ -165,6 +165,43 @@ def test_loading_starts_micro_batches_anew_bit_by_bit(micro, engine, head):
     assert all(np.array_equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
 
 
+def assert_goes_on(one, engine, stage, path):
+    """What was saved after some steps goes on in an engine of its own as if there had been no break."""
+    batches = [arrays(batch) for batch in one.batches(stage)]
+    with one.open(engine, stage) as opened:
+        opened.load(one.values)
+        losses = [opened.train_step(batch, LEARNING_RATE) for batch in batches[:4]]
+        opened.save(path)
+        losses += [opened.train_step(batch, LEARNING_RATE) for batch in batches[4:]]
+        expected = opened.parameters()
+    with one.open(engine, stage) as opened:
+        opened.resume(path)
+        assert [opened.train_step(batch, LEARNING_RATE) for batch in batches[4:]] == losses[4:]
+        got = opened.parameters()
+        assert list(got) == list(expected)
+        assert all(np.array_equal(got[name], expected[name]) for name in expected)
+        opened.load(one.values)  # and after all it may begin anew
+        assert opened.train_step(batches[0], LEARNING_RATE) == losses[0]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_goes_on_from_what_was_saved(case, micro, engine, head, tmp_path):
+    for stage in range(2):
+        assert_goes_on(case(head), engine, stage, tmp_path / f"state{stage}")
+    assert_goes_on(micro(head), engine, 0, tmp_path / "micro")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_cannot_be_saved_is_told(case, engine, tmp_path):
+    one = case()
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        with pytest.raises(OSError):
+            opened.save(tmp_path / "no folder" / "state")
+        opened.train_step(arrays(one.batches(0)[0]), LEARNING_RATE)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_gradient_of_exactly_zero_is_not_nan_in_micro_batches(micro, engine):
     one = micro("contrastive")
@@ -202,7 +239,7 @@ def test_a_graph_that_cannot_be_loaded_is_said_in_one_line(case, tmp_path, conte
     if content is not None:
         (tmp_path / "graph.onnx").write_bytes(content)
     graph = case().manifest.stages[0].encoders["image"]
-    with pytest.raises(UserError, match=r"graph\.onnx cannot be loaded") as caught:
+    with pytest.raises(GraphError, match=r"graph\.onnx cannot be loaded") as caught:
         engines.open_graph(ONNX, lambda _: tmp_path / "graph.onnx", graph)
     assert "\n" not in str(caught.value)
 

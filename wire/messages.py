@@ -27,6 +27,7 @@ from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 MAX_LEARNING_RATE = 1e6
 MAX_SECONDS = 1e9
 MAX_AUGMENTATIONS = 1000
+MAX_STALENESS = 1000
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
 
@@ -83,6 +84,8 @@ class TrainPlan(msgspec.Struct, frozen=True):
 
     compression: of the update and of `Change`. prefix_compression: of `Offer.frozen`.
     augmentations: views of each image to draw from, 0 for the image as it is.
+    max_staleness: rounds by which the update may be late and still count; with 0, the next round calls
+        training off.
     """
 
     learning_rate: Annotated[float, Meta(ge=0, le=MAX_LEARNING_RATE)]
@@ -92,6 +95,7 @@ class TrainPlan(msgspec.Struct, frozen=True):
     compression: Compression = "none"
     prefix_compression: Compression = "none"
     augmentations: Annotated[int, Meta(ge=0, le=MAX_AUGMENTATIONS)] = 0
+    max_staleness: Annotated[int, Meta(ge=0, le=MAX_STALENESS)] = 0
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -109,11 +113,11 @@ class Change(msgspec.Struct, frozen=True):
 class Offer(msgspec.Struct, frozen=True, tag=True):
     """A round is open for `cohort`.
 
-    opened_s: Unix time of its opening; an aggregator that was restarted opens a round once more.
+    opened_s: Unix time of its opening; a round that is offered for longer is opened once more.
     parameters: values of the stage's trainable groups now (safetensors).
     frozen: for each earlier stage, the values of the groups that were frozen after it (compressed).
     deadline_s: seconds left when this copy was published.
-    change: None in the first round, without compression, and after the aggregator was restarted.
+    change: None in the first round and without compression.
     """
 
     key: RoundKey

@@ -11,7 +11,7 @@ import pytest
 
 from aggregator.plan import RunPlan
 from wire.errors import UserError
-from wire.messages import MAX_AUGMENTATIONS, MAX_LEARNING_RATE, RoundKey, TrainPlan
+from wire.messages import MAX_AUGMENTATIONS, MAX_LEARNING_RATE, MAX_STALENESS, RoundKey, TrainPlan
 
 NAN, INF = math.nan, math.inf
 KEY = RoundKey(2, 1)
@@ -19,6 +19,9 @@ REFUSED: list[tuple[str, Any]] = [
     *(("fraction_train", value) for value in (0, -0.5, 1.0001, 2, INF, -INF, NAN)),
     *(("min_available_clients", value) for value in (0, -1)),
     *(("min_updates", value) for value in (0, -1)),
+    *(("over_selection", value) for value in (-0.1, 10.1, INF, -INF, NAN)),
+    *(("buffer_size", value) for value in (-1, -10)),
+    *(("max_staleness", value) for value in (-1, MAX_STALENESS + 1)),
     *(("round_deadline_s", value) for value in (0, -1.0, INF, -INF, NAN)),
     *(("rounds", value) for value in (-1, -10)),
     *(("local_epochs", value) for value in (0, -1)),
@@ -35,6 +38,12 @@ TAKEN: list[tuple[str, Any]] = [
     ("fraction_train", 1e-9),
     ("min_available_clients", 1),
     ("min_updates", 1),
+    ("over_selection", 0),
+    ("over_selection", 10),
+    ("buffer_size", 0),
+    ("buffer_size", 1),
+    ("max_staleness", 0),
+    ("max_staleness", MAX_STALENESS),
     ("round_deadline_s", 0.001),
     ("rounds", 0),
     ("local_epochs", 1),
@@ -108,8 +117,15 @@ def test_a_setting_of_another_type_is_refused_by_name(name: str, value: Any):
 
 
 def test_a_client_is_told_the_settings():
-    told = RunPlan(batch_size=8, local_epochs=3).train_plan(KEY, 5)
-    assert (told.batch_size, told.local_epochs) == (8, 3)
+    told = RunPlan(batch_size=8, local_epochs=3, max_staleness=4).train_plan(KEY, 5)
+    assert (told.batch_size, told.local_epochs, told.max_staleness) == (8, 3, 4)
+
+
+def test_a_buffer_smaller_than_what_a_round_needs_is_refused():
+    assert RunPlan(buffer_size=2, min_updates=2).buffer_size == 2
+    with pytest.raises(UserError, match="buffer_size is 1, and min_updates 2") as caught:
+        RunPlan(buffer_size=1, min_updates=2)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.75, 1.0])

@@ -19,7 +19,7 @@ from aggregator.state import State
 from wire.compression import decompress_file, restore_file
 from wire.errors import UserError
 from wire.manifest import BlobRef, Manifest
-from wire.messages import Compression, RoundKey
+from wire.messages import Change, Compression, RoundKey
 from wire.store import Store
 from wire.tensors import Arrays, pack, unpack_file
 
@@ -59,10 +59,11 @@ class Standing:
     values: Bits
     parameters: BlobRef
     frozen: tuple[BlobRef, ...]
+    change: Change | None
 
     @classmethod
     def of(cls, state: State) -> Standing:
-        return cls(state.stage, bits(state.values), state.parameters, state.frozen)
+        return cls(state.stage, bits(state.values), state.parameters, state.frozen, state.change)
 
 
 def bits(arrays: Arrays) -> Bits:
@@ -94,7 +95,7 @@ class Run:
     def round(self, key: RoundKey) -> Standing:
         self.to_stage(key.stage)
         replaced = self.state.update(self.result(key), [key.stage, key.round])
-        self.books.checkpoint(key, self.state.parameters, None, 0.5, {}, 1.0)
+        self.books.checkpoint(key, self.state.checkpoint(), (), 0.5, {}, 1.0)
         for ref in replaced:
             self.store.remove(ref)
         return Standing.of(self.state)
@@ -149,7 +150,7 @@ def test_a_run_starts_with_the_bundles_values(begin: Begin, schedule: str):
     run = begin(schedule)
     everything = {name: parameter.shape for name, parameter in run.manifest.parameters.items()}
     initial = bits(unpack_file(run.bundle.folder / run.manifest.initial, everything))
-    assert Standing.of(run.state) == Standing(0, initial, run.state.parameters, ())
+    assert Standing.of(run.state) == Standing(0, initial, run.state.parameters, (), None)
     assert list(run.state.values) == list(run.manifest.parameters)
     assert run.last is None
 
@@ -338,7 +339,7 @@ def test_a_replaced_blob_that_was_not_removed_is_so_by_the_next_process(begin: B
     killed = begin("layerwise")
     killed.rounds(1)
     (replaced,) = killed.state.update(killed.result(RoundKey(0, 1)), 0)
-    killed.books.checkpoint(RoundKey(0, 1), killed.state.parameters, None, 0.5, {}, 1.0)
+    killed.books.checkpoint(RoundKey(0, 1), killed.state.checkpoint(), (), 0.5, {}, 1.0)
     resumed = begin("layerwise")
     assert not resumed.store.has(replaced)
     assert Standing.of(resumed.state) == Standing.of(killed.state)
@@ -389,7 +390,7 @@ def test_a_lost_or_damaged_round_ends_the_run(
 ):
     run = begin(schedule)
     run.rounds(6)
-    path = run.store.path(run.books.rounds()[RoundKey(stage, 1)])
+    path = run.store.path(run.books.rounds()[RoundKey(stage, 1)].parameters)
     harm(path)
     with pytest.raises(UserError, match=f"{path.name} is missing or damaged") as caught:
         begin(schedule)
@@ -412,7 +413,7 @@ def test_the_store_holds_no_more_than_what_is_needed_to_go_on(begin: Begin):
     run = begin("layerwise")
     run.rounds(6)
     needed = {
-        *(ref.sha256 for key, ref in run.books.rounds().items() if key.round == 1),
+        *(made.parameters.sha256 for key, made in run.books.rounds().items() if key.round == 1),
         *(ref.sha256 for ref in run.state.frozen),
     }
     on_disk = {path.name for path in run.store.path(run.state.parameters).parent.iterdir()}
@@ -452,6 +453,29 @@ def test_parameters_are_what_the_change_leads_to(begin: Begin, compression: Comp
         assert np.abs(value - result[name]).max() <= step
     replaced = run.state.update(run.result(RoundKey(0, 1)), 1)
     assert replaced == {change.change, change.result}
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_a_change_that_is_lost_is_only_a_longer_way(begin: Begin, compression: Compression):
+    killed = begin("layerwise", "run", compression)
+    killed.rounds(1)
+    assert killed.state.change is not None
+    killed.store.remove(killed.state.change.change)
+    resumed = begin("layerwise", "run", compression)
+    assert resumed.state.change is None
+    assert resumed.state.parameters == killed.state.parameters
+
+
+@pytest.mark.parametrize("compression", ["none", *COMPRESSED])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_result_beyond_float32_changes_nothing(begin: Begin, compression: Compression, value: float):
+    run = begin("layerwise", "run", compression)
+    before = run.state.trainable()
+    result = run.result(RoundKey(0, 0))
+    name = next(iter(result))
+    result[name] = np.full_like(result[name], value)
+    run.state.update(result, 0)
+    assert bits(run.state.trainable()) == bits(before)
 
 
 @pytest.mark.parametrize("compression", COMPRESSED)

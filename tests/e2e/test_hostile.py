@@ -143,7 +143,7 @@ def test_each_refusal_has_its_name_and_the_run_is_unharmed(
     }
     refused = len(answers) + 1  # and the one of the second round
     assert len(aggregator.all(UpdateRefused)) == refused
-    assert aggregator.rows("SELECT COUNT(*) FROM refusals WHERE client = 'liar'") == [(refused,)]
+    assert aggregator.rows("SELECT SUM(times) FROM refusals WHERE client = 'liar'") == [(refused,)]
     assert [event.accepted for event in aggregator.all(RoundClosed)] == [("ann", "bob")] * 2
     expected = honest.final()
     assert all(np.array_equal(value, expected[name]) for name, value in aggregator.final().items())
