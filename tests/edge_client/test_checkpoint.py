@@ -123,21 +123,19 @@ def test_it_is_written_when_it_is_time(tmp_path: Path, monkeypatch: pytest.Monke
     now = [100.0]
     monkeypatch.setattr("edge_client.checkpoint.time.monotonic", lambda: now[0])
     monkeypatch.setattr("edge_client.checkpoint.SHARE", 0.01)
-    checkpoint = Checkpoint(tmp_path, WORK, "counter", 60.0)
 
     class Slow(Counter):
         def save(self, path: Path) -> None:
             super().save(path)
             now[0] += 2
 
-    for after_s in (60, 2 + 200, 2 + 200):  # at most a hundredth of the time
-        now[0] += after_s - 2.5
+    checkpoint = Checkpoint(tmp_path, WORK, "counter", 60.0)
+    for due_s in (160, 162 + 200, 364 + 200):  # then, for two seconds, a hundredth of the time
+        now[0] = due_s - 0.01
         assert not checkpoint.due
-        now[0] += 2.5
+        now[0] = due_s
         assert checkpoint.due
-        now[0] -= 2
         checkpoint.save(Slow(), Progress())
-        now[0] -= 0
 
 
 def test_only_the_last_one_is_kept(tmp_path: Path):
