@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from msgspec.structs import replace
-from programs import Programs, Started
+from programs import Programs, Started, paused
 from safetensors.numpy import save
 
 from aggregator.events import RoundClosed, RunClosed, UpdateRefused
@@ -52,18 +50,6 @@ class Liar:
         path.write_bytes(content)
         report = change(self.report(content))
         return (await asyncio.wait_for(self.link.report(report, path), 60)).refusal
-
-
-@contextlib.contextmanager
-def paused(*clients: Started) -> Iterator[None]:
-    """These clients stand still."""
-    for client in clients:
-        client.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for client in clients:
-            client.process.send_signal(signal.SIGCONT)
 
 
 async def lie(url: str, folder: Path, name: str, act: Callable[[Liar], object]) -> None:
