@@ -144,6 +144,10 @@ class Books:
             raw_bytes,
         )
 
+    def drop(self, client: str, key: RoundKey) -> None:
+        """An accepted update cannot take part after all."""
+        self._write("DELETE FROM updates WHERE stage = ? AND round = ? AND client = ?", *_key(key), client)
+
     def accepted(self, key: RoundKey) -> list[tuple[str, Report]]:
         """Clients and their reports that take part in a round."""
         rows = self._read(

@@ -198,11 +198,13 @@ class Run:
             self._books.open(offer, goal)
         else:
             offer, goal = opened
-        before = {
-            (client, report.key.round): (report, self._updates.path(report.update))
-            for client, report in self._books.accepted(key)
-            if self._updates.has(report.update)
-        }
+        before = {}
+        for client, report in self._books.accepted(key):
+            if self._updates.has(report.update):
+                before[client, report.key.round] = report, self._updates.path(report.update)
+            else:
+                log.warning("%s: the update of %s is lost or damaged", key, client)
+                self._books.drop(client, report.key)
         self._collection = collection = Collection(
             self._manifest, offer, self.link.fetch, self._books, goal, before
         )

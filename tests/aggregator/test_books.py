@@ -203,6 +203,15 @@ def test_a_round_is_open_until_its_checkpoint(books: Books, tmp_path: Path):
     assert books.opened() == (offer(RoundKey(1, 3)), None)
 
 
+def test_an_update_that_is_lost_takes_no_part(books: Books):
+    for client in ("ada", "ben"):
+        accept(books, client, report())
+    books.drop("ada", KEY)
+    assert [client for client, _ in books.accepted(KEY)] == ["ben"]
+    assert books.counted("ada", KEY) is None
+    assert books.figures([1]).updates == 1
+
+
 def test_books_of_another_version_are_left_alone(tmp_path: Path):
     books = Books(tmp_path)
     books._database.execute("PRAGMA user_version=77")
