@@ -27,6 +27,7 @@ from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 MAX_LEARNING_RATE = 1e6
 MAX_SECONDS = 1e9
 MAX_AUGMENTATIONS = 1000
+MAX_PROXIMAL_MU = 1e6
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
 
@@ -83,6 +84,7 @@ class TrainPlan(msgspec.Struct, frozen=True):
 
     compression: of the update and of `Change`. prefix_compression: of `Offer.frozen`.
     augmentations: views of each image to draw from, 0 for the image as it is.
+    proximal_mu: FedProx's mu, how strongly parameters are held to the offered ones; 0: not at all.
     """
 
     learning_rate: Annotated[float, Meta(ge=0, le=MAX_LEARNING_RATE)]
@@ -92,6 +94,7 @@ class TrainPlan(msgspec.Struct, frozen=True):
     compression: Compression = "none"
     prefix_compression: Compression = "none"
     augmentations: Annotated[int, Meta(ge=0, le=MAX_AUGMENTATIONS)] = 0
+    proximal_mu: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_MU)] = 0.0
 
 
 class Change(msgspec.Struct, frozen=True):
