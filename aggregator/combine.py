@@ -53,9 +53,10 @@ class Update:
 def combine(plan: RunPlan, shapes: Shapes, updates: Iterable[Update], scratch: Path) -> Arrays:
     """What the updates come to by `plan.aggregation`: torch name -> float32, in the order of `shapes`.
 
-    A name that no update has is not in it. shapes: of all that the stage trains. scratch: a folder that holds
-    the updates as float32 while a robust rule works. Raises `LocalError` for an update that should never have
-    been accepted: no examples, an unknown name or another shape; `UserError` where `scratch` is full.
+    A name that no update has is not in it. shapes: of all that the stage trains. scratch: a folder that
+    holds the updates as float32 while a robust rule works. Raises `LocalError` for an update that should
+    never have been accepted: no examples, an unknown name or another shape; `UserError` where `scratch` is
+    full.
     """
     fair = map(partial(_fair, plan, shapes), updates)
     if plan.aggregation == FEDAVG:

@@ -56,16 +56,16 @@ def trimmed_mean(part: Part, malicious: int) -> Arrays:
 def krum(part: Part, malicious: int) -> Arrays:
     """The one update whose nearest neighbours are nearest.
 
-    Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017. The score of an update is the sum of
-    its squared distances to the n - f - 2 others that are nearest to it, f of n being malicious, n >= 2 f + 3.
-    Of equal scores the first in the stream wins. Of fewer than three updates the mean is taken.
+    Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017. With f malicious ones of n, which is
+    at least 2 f + 3, an update's score is the sum of its squared distances to the n - f - 2 others that are
+    nearest to it. Of equal scores the first in the stream wins. Of fewer than three updates the mean is taken.
     """
-    return _mean_of_best(part, malicious, "krum", keep=1)
+    return _mean_of_best(part, malicious, 1, "krum")
 
 
 def multi_krum(part: Part, malicious: int) -> Arrays:
     """The mean of the n - f updates with the best scores. Of the same paper as `krum`."""
-    return _mean_of_best(part, malicious, "multi_krum", keep=None)
+    return _mean_of_best(part, malicious, len(part) - malicious, "multi_krum")
 
 
 ROBUST: dict[str, Callable[[Part, int], Arrays]] = {
@@ -88,15 +88,14 @@ def _inner_mean(block: Array, trim: int) -> Wide:
     return np.asarray(inner.mean(axis=0, dtype=np.float64))
 
 
-def _mean_of_best(part: Part, expected: int, rule: str, keep: int | None) -> Arrays:
-    """keep: how many; None for all but the malicious ones."""
+def _mean_of_best(part: Part, expected: int, count: int, rule: str) -> Arrays:
     malicious = max(0, min(expected, (len(part) - 3) // 2))
-    if malicious < expected or len(part) < 3:
+    if malicious < expected:
         _warn_of_few(rule, len(part), expected, malicious)
     best = part.senders
     if len(part) >= 3:
         order = np.argsort(_scores(part, malicious), kind="stable").tolist()
-        best = tuple(sorted(part.senders[place] for place in order[: keep or len(part) - malicious]))
+        best = tuple(sorted(part.senders[place] for place in order[:count]))
     return replace(part, senders=best).reduced(functools.partial(_inner_mean, trim=0))
 
 
