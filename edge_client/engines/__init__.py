@@ -64,7 +64,7 @@ class Engine(Protocol):
         ...
 
     def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
-        """Draw what trains towards `anchor` (torch name -> float32): w becomes (w + rate a) / (1 + rate)."""
+        """Draw what trains towards `anchor`, torch name -> float32: w becomes (w + rate a) / (1 + rate)."""
         ...
 
     def parameters(self) -> Arrays:
