@@ -56,9 +56,9 @@ def trimmed_mean(part: Part, malicious: int) -> Arrays:
 def krum(part: Part, malicious: int) -> Arrays:
     """The one update whose nearest neighbours are nearest.
 
-    Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017. With f malicious ones of n, at least
-    2 f + 3, an update's score is the sum of its squared distances to the n - f - 2 others nearest to it. Of
-    equal scores the first in the stream wins. Of fewer than three updates the mean is taken.
+    Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017. With f malicious ones of n, 2 f + 3
+    or more, an update's score is the sum of its squared distances to the n - f - 2 others nearest to
+    it. Of equal scores the first in the stream wins. Of fewer than three updates the mean is taken.
     """
     return _mean_of_best(part, malicious, 1, "krum")
 

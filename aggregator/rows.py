@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -53,7 +53,8 @@ class Rows:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk does not take the rest either, and nobody wants it
+            self._file.close()
 
     def add(self, delta: Mapping[str, Array]) -> None:
         """One more row."""
