@@ -344,7 +344,8 @@ def test_a_folder_that_is_not_there_is_the_users_to_mend(tmp_path: Path):
 
 
 def test_a_full_disk_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rows.tempfile, "TemporaryFile", lambda **_words: Path("/dev/full").open("r+b"))
+    full = Path("/dev/full")
+    monkeypatch.setattr(rows.tempfile, "TemporaryFile", lambda **_words: full.open("r+b"))
     with pytest.raises(UserError, match="cannot be laid out") as caught:
         by("median", [update(seed) for seed in range(3)], tmp_path)
     assert isinstance(caught.value.__cause__, OSError)
