@@ -70,8 +70,8 @@ class Client:
 class OneProcess:
     """A run.
 
-    data: has `clients/<name>/`. inputs: where their arrays are kept, for other runs too. folder: of this run.
-    tampering: client -> what it does to every update.
+    data: has `clients/<name>/`. inputs: where their arrays are kept, for other runs too. folder: of this
+    run. tampering: client -> what it does to every update.
     """
 
     def __init__(
