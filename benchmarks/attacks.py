@@ -128,16 +128,17 @@ HEAD = """# Malicious clients, and what a combining rule does about them
 
 {malicious} of {clients} clients attack in every round: by turning their update around (*sign flip*), by
 sending 100 times their update, or by sending NaN. A cell is the recall@10 of the hold-out after a whole
-run, in percent; chance is {chance:.1f}. What the rules are, and how to choose: [robustness.md](robustness.md).
+run, in percent; chance is {chance:.1f}. What the rules are, and how to choose:
+[robustness.md](robustness.md).
 
 Measured by `python benchmarks/attacks.py` on {machine}.
 """
 NOTES = """
 ## How it is measured
 - A run of the preset `{model}`, layer-wise: {stages} stages of {rounds} rounds of {epochs} local epoch,
-  batches of {batch}, learning rate {rate:g}. A client has at most {examples} emoji of one drawing style; three
-  of the seven styles have two clients. The attackers are second clients of their style, so no style is lost
-  with them.
+  batches of {batch}, learning rate {rate:g}. A client has at most {examples} emoji of one drawing style;
+  three of the seven styles have two clients. The attackers are second clients of their style, so no style
+  is lost with them.
 - One process and no broker: clients train by the code of `edge_client/`, and their updates go through the
   checks, rules and checkpoints of `aggregator/`. So a NaN is refused as in any run, whatever the rule, and
   its column is a run of the {honest} honest clients.
