@@ -58,11 +58,11 @@ def combine(plan: RunPlan, shapes: Shapes, updates: Iterable[Update], scratch: P
     never have been accepted: no examples, an unknown name or another shape; `UserError` where `scratch` is
     full.
     """
-    fair = map(partial(_fair, plan, shapes), updates)
+    limited = map(partial(_limited, plan, shapes), updates)
     if plan.aggregation == FEDAVG:
-        return _mean(shapes, fair)
+        return _mean(shapes, limited)
     with Rows(scratch, shapes) as rows:
-        _each(lambda update: rows.add(update.delta), fair)
+        _each(lambda update: rows.add(update.delta), limited)
         return combined(rows, plan.aggregation, plan.malicious_fraction)
 
 
@@ -75,14 +75,14 @@ def norm(delta: Mapping[str, Array]) -> float:
 def fedavg(parameters: Mapping[str, Array], updates: Iterable[Update]) -> Arrays:
     """`parameters` after FedAvg's step, float32, same names and order. Raises as `combine` does."""
     shapes = {name: value.shape for name, value in parameters.items()}
-    change = _mean(shapes, map(partial(_fair, RunPlan(), shapes), updates))
+    change = _mean(shapes, map(partial(_limited, RunPlan(), shapes), updates))
     return {
         name: np.asarray(value + change[name], np.float32) if name in change else value.copy()
         for name, value in parameters.items()
     }
 
 
-def _fair(plan: RunPlan, shapes: Shapes, update: Update) -> Update:
+def _limited(plan: RunPlan, shapes: Shapes, update: Update) -> Update:
     """The update as far as it counts: clipped, discounted, with the examples that it may weigh."""
     if update.num_examples < 1:
         raise LocalError(f"update of {update.client} has no examples")
@@ -96,7 +96,12 @@ def _fair(plan: RunPlan, shapes: Shapes, update: Update) -> Update:
         factor *= plan.max_update_norm / length
     delta = update.delta
     if factor != 1:
-        delta = {name: np.asarray(value * factor, np.float32) for name, value in delta.items()}
+        delta = {
+            name: np.asarray(
+                value.astype(np.float64) * factor, np.float32
+            )  # a factor may be below float32's
+            for name, value in delta.items()
+        }
     weight = min(update.num_examples, plan.max_examples or update.num_examples)
     return replace(update, delta=delta, num_examples=weight)
 

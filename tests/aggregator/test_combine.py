@@ -156,6 +156,12 @@ def test_an_update_is_clipped_as_a_whole_and_keeps_its_direction():
     np.testing.assert_allclose(clipped["head.scale"] / clipped["text.w"], 40 / 30, rtol=1e-6)
 
 
+def test_the_longest_update_there_can_be_is_clipped_too():
+    shapes = {"w": (500, 500)}
+    longest = Update("ada", {"w": np.full((500, 500), np.finfo(np.float32).max)}, 1)
+    assert norm(change([longest], shapes, max_update_norm=1e-3)) == pytest.approx(1e-3, rel=1e-6)
+
+
 @pytest.mark.parametrize("max_norm", [0.0, 5.0, 5.1, 1e30])
 def test_an_update_that_is_short_enough_keeps_every_bit(max_norm: float):
     assert change([one([3, 4])], {"w": (2,)}, max_update_norm=max_norm)["w"].tolist() == [3, 4]
