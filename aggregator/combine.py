@@ -95,13 +95,9 @@ def _limited(plan: RunPlan, shapes: Shapes, update: Update) -> Update:
     if plan.max_update_norm and (length := norm(update.delta)) > plan.max_update_norm:
         factor *= plan.max_update_norm / length
     delta = update.delta
-    if factor != 1:
-        delta = {
-            name: np.asarray(
-                value.astype(np.float64) * factor, np.float32
-            )  # a factor may be below float32's
-            for name, value in delta.items()
-        }
+    if factor != 1:  # it may be less than float32 holds
+        wide = {name: np.multiply(value, factor, dtype=np.float64) for name, value in delta.items()}
+        delta = {name: np.asarray(value, np.float32) for name, value in wide.items()}
     weight = min(update.num_examples, plan.max_examples or update.num_examples)
     return replace(update, delta=delta, num_examples=weight)
 
