@@ -62,11 +62,13 @@ class RunRecord(msgspec.Struct, frozen=True):
 class Checkpoint(msgspec.Struct, frozen=True):
     """A round's result, as blobs in the run's store.
 
-    parameters: of the stage's trainable groups. change: what clients may fetch in their place.
+    parameters: of the stage's trainable groups. change: what clients may fetch in their place. moments: of
+    the server optimizer.
     """
 
     parameters: BlobRef
     change: Change | None = None
+    moments: BlobRef | None = None
 
 
 class Books:

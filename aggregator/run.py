@@ -23,7 +23,7 @@ import msgspec
 from aggregator.books import Books, RunRecord
 from aggregator.cohort import Clients, select, wanted
 from aggregator.collect import Collection, Taken
-from aggregator.combine import fedavg
+from aggregator.combine import combine
 from aggregator.events import (
     RoundClosed,
     RoundOpened,
@@ -127,9 +127,7 @@ class Run:
         self.answers = Tasks()
         self._store = Store(settings.folder / "blobs")
         self._updates = Store(settings.folder / "updates")  # clients', so apart from what we count on
-        self._state = State(
-            settings.bundle, manifest, self._store, self._plan.compression, self._plan.prefix_compression
-        )
+        self._state = State(settings.bundle, manifest, self._store, self._plan)
         announcement = Announcement(
             run=record.name,
             manifest=BlobRef.of(manifest_content),
@@ -176,8 +174,10 @@ class Run:
         await self._collect(collection)
         self._machine.move(Event.CLOSE)
         broken_off = collection.close()
-        values = await asyncio.to_thread(fedavg, self._state.trainable(), collection.updates())
-        replaced = self._state.update(values, [self._plan.seed, key.stage, key.round])
+        delta = await asyncio.to_thread(
+            combine, self._plan, self._state.shapes, collection.updates(), self._settings.folder
+        )
+        replaced = self._state.update(delta, [self._plan.seed, key.stage, key.round])
         metrics = await self._evaluate(key.stage)
         seconds = time.monotonic() - begin
         cohort, loss = collection.offer.cohort, collection.loss

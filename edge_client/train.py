@@ -1,8 +1,9 @@
 """Local training: `local_epochs` over the stage's features, from the offered parameters to an update.
 
-Rules: AdamW starts anew in every round. The order of the examples depends on the plan's seed and the
-client's name only, and so does the view that is drawn of each in an epoch; a round that is trained again
-gives the same update.
+Rules: AdamW starts anew in every round. With `proximal_mu` each step is drawn back towards the offered
+parameters (FedProx, Li et al., arXiv 1812.06127). The order of the examples depends on the plan's seed and
+the client's name only, and so does the view that is drawn of each in an epoch; a round that is trained
+again gives the same update.
 
 `ClientUpdate` of McMahan et al., arXiv 1602.05629, with AdamW in place of SGD.
 Next: `edge_client/engines/__init__.py`, what runs a step.
@@ -70,6 +71,8 @@ def train(
             chosen = None if views is None else views[indices]
             # One batch in memory: it has no name that would keep it while the next is made.
             mean = engine.train_step(features.batch(indices, chosen), plan.learning_rate)
+            if plan.proximal_mu:
+                engine.pull(parameters, plan.learning_rate * plan.proximal_mu)
             total += mean * len(indices)
         loss = total / len(order)
     delta = engine.parameters()

@@ -343,6 +343,58 @@ def test_a_gradient_of_exactly_zero_is_not_nan(case, engine):
     np.testing.assert_allclose(trained[name][unused], values[name][unused] * decayed, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["whole", "micro"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pull_draws_every_parameter_towards_its_anchor(case, micro, engine, kind):
+    one = case() if kind == "whole" else micro("contrastive")
+    generator = np.random.default_rng(0)
+    anchor = {name: value + generator.random(value.shape, np.float32) for name, value in one.values.items()}
+    kept = {name: value.copy() for name, value in anchor.items()}
+    batches = [arrays(batch) for batch in one.batches(0)[:3]]
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        for batch, rate in zip(batches, (0.25, 3.0, 1e-3), strict=True):
+            opened.train_step(batch, LEARNING_RATE)
+            before = opened.parameters()
+            opened.pull(anchor, rate)
+            for name, value in opened.parameters().items():
+                expected = (before[name].astype(np.float64) + rate * anchor[name]) / (1 + rate)
+                np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    assert all(np.array_equal(anchor[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("kind", ["whole", "micro"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_pulled_all_the_way_trains_from_there(case, micro, engine, kind):
+    one = case() if kind == "whole" else micro("contrastive")
+    batch = arrays(one.batches(0)[0])
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        at_first = opened.evaluate(batch)["loss"]
+        for _ in range(3):
+            assert opened.train_step(batch, 1e-2) == pytest.approx(at_first, rel=1e-4)
+            assert opened.evaluate(batch)["loss"] < at_first - 1e-3
+            opened.pull(one.values, 1e9)
+            assert opened.evaluate(batch)["loss"] == pytest.approx(at_first, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["whole", "micro"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pull_leaves_the_moments_alone(case, micro, engine, kind):
+    one = case() if kind == "whole" else micro("contrastive")
+    batches = [arrays(batch) for batch in one.batches(0)[:4]]
+    with one.open(engine, 0) as opened:
+        runs = []
+        for pulled in (False, True):
+            opened.load(one.values)
+            for batch in batches:
+                opened.train_step(batch, LEARNING_RATE)
+                if pulled:
+                    opened.pull(one.values, 0.0)
+            runs.append(opened.parameters())
+    assert all(np.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_comes_out_is_a_copy(case, engine):
     one = case()
@@ -359,7 +411,12 @@ def test_a_call_before_load_is_our_own_fault(case, engine):
     one = case()
     batch = arrays(one.batches(0)[0])
     opened = one.open(engine, 0)
-    for call in (lambda: opened.train_step(batch, 0.1), opened.parameters, lambda: opened.evaluate(batch)):
+    for call in (
+        lambda: opened.train_step(batch, 0.1),
+        lambda: opened.pull(one.values, 0.1),
+        opened.parameters,
+        lambda: opened.evaluate(batch),
+    ):
         with pytest.raises(LocalError):
             call()
 

@@ -28,6 +28,7 @@ MAX_LEARNING_RATE = 1e6
 MAX_SECONDS = 1e9
 MAX_AUGMENTATIONS = 1000
 MAX_STALENESS = 1000
+MAX_PROXIMAL_MU = 1e6
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
 
@@ -86,6 +87,7 @@ class TrainPlan(msgspec.Struct, frozen=True):
     augmentations: views of each image to draw from, 0 for the image as it is.
     max_staleness: rounds by which the update may be late and still count; with 0, the next round calls
         training off.
+    proximal_mu: FedProx's mu, how strongly parameters are held to the offered ones; 0: not at all.
     """
 
     learning_rate: Annotated[float, Meta(ge=0, le=MAX_LEARNING_RATE)]
@@ -96,6 +98,7 @@ class TrainPlan(msgspec.Struct, frozen=True):
     prefix_compression: Compression = "none"
     augmentations: Annotated[int, Meta(ge=0, le=MAX_AUGMENTATIONS)] = 0
     max_staleness: Annotated[int, Meta(ge=0, le=MAX_STALENESS)] = 0
+    proximal_mu: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_MU)] = 0.0
 
 
 class Change(msgspec.Struct, frozen=True):

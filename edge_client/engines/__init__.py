@@ -63,6 +63,10 @@ class Engine(Protocol):
         """One AdamW step on `batch` (the stage's inputs, `[B, *shape]`, any B); the loss before it."""
         ...
 
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """Draw what trains towards `anchor`, torch name -> float32: w becomes (w + rate a) / (1 + rate)."""
+        ...
+
     def parameters(self) -> Arrays:
         """Copies of what trains, as it is now: torch name -> float32, in `Stage.parameters`' order."""
         ...

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.engines import executorch_runtime, micro_batches
+from edge_client.engines import executorch_runtime, micro_batches, proximal
 from edge_client.engines.executorch_runtime import Program, Spec
 from edge_client.engines.micro_batches import Batch
 from edge_client.engines.saved import read_arrays, write_arrays
@@ -127,6 +127,11 @@ class ExecuTorch:
         if self._size:
             return {"loss": micro_batches.whole_loss(self, self._taken(batch), self._size, self._task)}
         return {"loss": self.part_of_loss(self._taken(batch))}
+
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        proximal.draw(zip(self._names, self._state[0], strict=True), anchor, rate)
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.engines import micro_batches, onnx_runtime
+from edge_client.engines import micro_batches, onnx_runtime, proximal
 from edge_client.engines.micro_batches import Batch
 from edge_client.engines.saved import read_arrays, write_arrays
 from wire.errors import LocalError
@@ -136,6 +136,11 @@ class Onnx:
         loss = whole(self, fed, self._size, self._task) if self._size else self.part_of_loss(fed)
         self._sessions.pop("eval", None)
         return {"loss": loss}
+
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        proximal.draw(((self._names[name], value) for name, value in self._values.items()), anchor, rate)
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.engines import micro_batches, onnx_runtime
+from edge_client.engines import micro_batches, onnx_runtime, proximal
 from edge_client.engines.micro_batches import Batch
 from wire.errors import LocalError, UserError
 from wire.manifest import Manifest
@@ -64,13 +64,13 @@ class OrtTraining:
     def load(self, parameters: Mapping[str, Array]) -> None:
         """As in `Engine`."""
         self._open(self._files["checkpoint"])
-        bindings, module = _bindings(), self._module
+        module = self._module
         flat = np.concatenate(
             [np.asarray(parameters[name], np.float32).reshape(-1) for name in self._names.values()]
         )
         if flat.size != module.get_parameters_size(_ALL):
             raise LocalError(f"{flat.size} values for {module.get_parameters_size(_ALL)}")
-        module.copy_buffer_to_parameters(bindings.OrtValue.ortvalue_from_numpy(flat, _cpu(bindings)), _ALL)
+        self._put(flat)
         self._optimize()
 
     def save(self, path: Path) -> None:
@@ -105,7 +105,9 @@ class OrtTraining:
         """Open the optimizer, which takes its moments from the checkpoint or begins anew."""
         bindings = _bindings()
         options = onnx_runtime.session_options(self._threads, arena=False)
-        self._optimizer = bindings.Optimizer(self._files["optimizer"], self._state, _cpu(bindings), options)
+        path = self._files["optimizer"]
+        with onnx_runtime.trying(f"{path} cannot be loaded"):
+            self._optimizer = bindings.Optimizer(path, self._state, _cpu(bindings), options)
 
     def train_step(self, batch: Batch, learning_rate: float) -> float:
         """As in `Engine`."""
@@ -130,10 +132,17 @@ class OrtTraining:
         self._copy()
         return {"loss": micro_batches.whole_loss(self, fed, self._size, self._task)}
 
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        flat = self._flat()
+        proximal.draw(zip(self._names.values(), self._parts(flat), strict=True), anchor, rate)
+        self._put(flat)
+
     def parameters(self) -> Arrays:
         """As in `Engine`."""
         self._loaded()
-        return dict(zip(self._names.values(), self._values(), strict=True))
+        return dict(zip(self._names.values(), self._parts(self._flat()), strict=True))
 
     def embed(self, batch: Batch) -> Arrays:
         """As in `micro_batches.Passes`."""
@@ -166,13 +175,19 @@ class OrtTraining:
         """Bring the copy of the parameters up to date, where there are graphs that need it."""
         if self._sessions:
             self._copied = {}  # the one before goes first
-            self._copied = dict(zip(self._names, self._values(), strict=True))
+            self._copied = dict(zip(self._names, self._parts(self._flat()), strict=True))
 
-    def _values(self) -> list[Array]:
-        """Copies of the parameters, in order."""
-        bindings, module = _bindings(), self._module
-        flat = np.empty(module.get_parameters_size(_ALL), np.float32)
-        module.copy_parameters_to_buffer(bindings.OrtValue.ortvalue_from_numpy(flat, _cpu(bindings)), _ALL)
+    def _flat(self) -> Array:
+        """A copy of the parameters, in order."""
+        flat = np.empty(self._module.get_parameters_size(_ALL), np.float32)
+        self._module.copy_parameters_to_buffer(_borrowed(flat), _ALL)
+        return flat
+
+    def _put(self, flat: Array) -> None:
+        self._module.copy_buffer_to_parameters(_borrowed(flat), _ALL)
+
+    def _parts(self, flat: Array) -> list[Array]:
+        """Views of it, a parameter each."""
         ends = np.cumsum([int(np.prod(shape, dtype=np.int64)) for shape in self._shapes])
         parts = np.split(flat, ends[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
@@ -213,6 +228,12 @@ def _bindings() -> Any:
     from onnxruntime.capi import _pybind_state
 
     return _pybind_state
+
+
+def _borrowed(flat: Array) -> Any:
+    """A value on the array's own memory."""
+    bindings = _bindings()
+    return bindings.OrtValue.ortvalue_from_numpy(flat, _cpu(bindings))
 
 
 def _cpu(bindings: Any) -> Any:

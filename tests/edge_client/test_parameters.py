@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 from small_world import PLAN, World
 
+from aggregator.plan import RunPlan
 from aggregator.state import State
 from edge_client.parameters import Parameters
 from wire.errors import Malformed, PeerError, Silent, TooLarge
@@ -30,8 +31,9 @@ class Side:
         self.world = world
         self.manifest = world.manifest
         self.plan = replace(PLAN, compression=compression, prefix_compression=compression)
+        run = RunPlan(compression=compression, prefix_compression=compression)
         self.served = Store(folder / "aggregator")
-        self.state = State(world.folder, world.manifest, self.served, compression, compression)
+        self.state = State(world.folder, world.manifest, self.served, run)
         self.store = Store(folder / "client")
         self.fetched: list[BlobRef] = []
         self.parameters = Parameters(world.manifest, self, self.store)
@@ -51,12 +53,11 @@ class Side:
     def train(self) -> None:
         """A round of the aggregator's."""
         generator = np.random.default_rng([self.key.stage, self.key.round])
-        now = self.state.trainable()
-        after = {
-            name: value + generator.normal(0, 1e-3, value.shape).astype(np.float32)
-            for name, value in now.items()
+        delta = {
+            name: generator.normal(0, 1e-3, value.shape).astype(np.float32)
+            for name, value in self.state.trainable().items()
         }
-        self.state.update(after, [self.key.stage, self.key.round])
+        self.state.update(delta, [self.key.stage, self.key.round])
         self.key = RoundKey(self.key.stage, self.key.round + 1)
 
     def next_stage(self) -> None:

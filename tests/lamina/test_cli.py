@@ -234,6 +234,8 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*AGGREGATOR, "--rounds", "-1"), ("rounds is -1", "0 or more")),
     ((*AGGREGATOR, "--rounds", "x"), ("--rounds", "x")),
     ((*AGGREGATOR, "--learning-rate", "nan"), ("learning_rate is nan",)),
+    ((*AGGREGATOR, "--aggregation", "mean"), ("--aggregation", "mean")),
+    ((*AGGREGATOR, "--malicious-fraction", "0.5"), ("malicious_fraction is 0.5", "less than 0.5")),
     ((*AGGREGATOR, "--chunk-bytes", "1"), ("1 bytes", "1024")),
 ]
 
