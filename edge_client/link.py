@@ -65,7 +65,8 @@ def _note(runs: dict[str, Announcement], packet: Packet) -> None:
 
 
 def _ignored(packet: Packet, error: PeerError) -> None:
-    log.warning("ignored a message on %r: %s", packet.topic[:200], error)
+    topic = packet.topic[:200]
+    log.warning("ignored a message on %r: %s", topic, error, extra={"topic": topic})
 
 
 class Link:
@@ -135,7 +136,10 @@ class Link:
         topic = topics.blob(self._run, ref.sha256)
         try:
             await self._connection.subscribe(topic)
-            return await self._exchange.fetch(ref, self._ask, silence_s=silence_s)
+            path = await self._exchange.fetch(ref, self._ask, silence_s=silence_s)
+            fields = {"run": self._run, "sha256": ref.sha256, "bytes": ref.size_bytes}
+            log.debug("have %s", ref.sha256[:16], extra=fields)
+            return path
         finally:
             self._connection.unsubscribe(topic)
 
@@ -183,10 +187,13 @@ class Link:
         """Tell that an update is ready, again and again, until the aggregator has answered."""
         self._exchange.offer(report.update, update)
         self._receipts = asyncio.Queue()  # receipts of an earlier attempt at this round do not count
+        self._record("report", report, f"reporting {report.update.sha256[:16]}")
         try:
             while True:
                 await self._connection.publish(self._up("report"), encode(report))
                 if receipt := await within(REPORT_EVERY_S, self._receipt(report)):
+                    answer = receipt.refusal or "accepted"
+                    self._record("receipt", report, answer, refusal=receipt.refusal)
                     return receipt
         finally:
             self._exchange.withdraw(report.update)
@@ -194,6 +201,19 @@ class Link:
     async def usage(self, usage: Usage) -> None:
         """Tell what a round has cost."""
         await self._connection.publish(self._up("usage"), encode(usage))
+
+    def _record(self, event: str, report: Report, text: str, **more: object) -> None:
+        """For the ledger that a log is: what was sent, and what came of it."""
+        fields = {
+            "event": event,
+            "run": self._run,
+            "stage": report.key.stage,
+            "round": report.key.round,
+            "sha256": report.update.sha256,
+            "bytes": report.update.size_bytes,
+            "num_examples": report.num_examples,
+        }
+        log.debug("%s: %s", report.key, text, extra={**fields, **more})
 
     async def _receipt(self, report: Report) -> Receipt:
         while True:

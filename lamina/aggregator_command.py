@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lamina.logs import always, is_json, log_format_option
 from lamina.options import (
     broker_option,
     column_option,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 )
 @plan_options()
 @click.option("--json", "as_json", is_flag=True, help="Print events as lines of JSON.")
+@log_format_option
 @config_option
 def command(
     broker: str,
@@ -92,6 +94,7 @@ def command(
     from wire.manifest import read_manifest
 
     address = Broker.parse(broker)
+    always(run=name)
     run_plan = RunPlan(**plan)
     manifest, _ = read_manifest(bundle)
     if run_plan.batch_size > manifest.max_batch_size:
@@ -113,6 +116,8 @@ def command(
             settings = replace(settings, evaluate=_evaluate(bundle, manifest, holdout, theirs, folder))
         if as_json:
             _conduct(address, settings, manifest, books, lambda event: click.echo(to_json(event)))
+        elif is_json():
+            _conduct(address, settings, manifest, books, lambda _event: None)  # they are logged
         else:
             with View() as view:
                 _conduct(address, settings, manifest, books, view.show)
@@ -123,19 +128,23 @@ def _conduct(address: Broker, settings: Any, manifest: Manifest, books: Any, tel
     from aggregator.events import ClientCame, RunClosed
     from aggregator.run import conduct
     from export.final import write_final
+    from lamina.event_log import note
 
     engines: set[str] = set()
+    logged = is_json()
 
     def listen(event: Event) -> None:
         if isinstance(event, ClientCame):
             engines.add(event.hello.engine)
+        if logged:
+            note(event)
         tell(event)
 
     values = run_until_stopped(conduct(address, settings, books, listen))
     stages = range(len(manifest.stages))
     out = settings.folder / "model"
     write_final(settings.bundle, values, out, force=True)
-    tell(
+    listen(
         RunClosed(
             schedule=manifest.schedule,
             engine=",".join(sorted(engines)),

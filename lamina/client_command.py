@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import platformdirs
 
+from lamina.logs import always, log_format_option
 from lamina.options import (
     broker_option,
     column_option,
@@ -58,6 +59,7 @@ from wire.topics import check_name
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the client keeps its state.  [default: the user's cache folder]",
 )
+@log_format_option
 @config_option
 def command(
     broker: str,
@@ -81,6 +83,7 @@ def command(
     share_heap()
     address = Broker.parse(broker)
     name = check_name(name or _host(), "the client's name")
+    always(client=name)
     if run is not None:
         check_name(run, "the run's name")
     # What cannot be used is told before anything is waited for.

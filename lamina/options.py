@@ -223,7 +223,7 @@ def _read_config(context: click.Context, _option: click.Parameter, path: Path | 
         word.lstrip("-").replace("-", "_"): option
         for option in context.command.params
         for word in option.opts
-        if option.expose_value
+        if option.name not in ("config", "help")
     }
     defaults: dict[str, Any] = {}
     for name, value in values.items():

@@ -4,7 +4,9 @@ Rules: everything is QoS 1 on a clean session, so a broker may forget all it has
 at every (re)connect, and whoever needs an answer asks again. paho's thread does nothing but hand over to
 the event loop. At most `WINDOW` publishes wait for their acknowledgement, and at most `MAX_WAITING`
 messages for their reader; what comes on top of these is dropped and counted, like on any bad link.
-A connection that is lost is made again for as long as it takes.
+A connection that is lost is made again for as long as it takes. So is one on which the publish that waits
+longest is not acknowledged: brokers that throttle drop messages so, and only on a new connection may a
+message be sent again (MQTT 5.0, section 4.4), which paho then does.
 
 MQTT 3.1.1 (OASIS, 2014), which brokers of MQTT 5 speak too; `?version=5` asks for MQTT 5.
 Next: `wire/exchange.py`, which moves blobs over a connection.
@@ -13,8 +15,10 @@ Next: `wire/exchange.py`, which moves blobs over a connection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +36,8 @@ MAX_WAITING = 256
 KEEPALIVE_S = 30
 CONNECT_TIMEOUT_S = 10.0
 MAX_RECONNECT_DELAY_S = 30
+ACK_S = 20.0
+MAX_ACK_S = 300.0
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +56,7 @@ class Broker:
     @classmethod
     def parse(cls, url: str) -> Broker:
         """`mqtt://[user:password@]host[:port][?version=5]`, or `mqtts://` for TLS. Raises `UserError`."""
-        shown = repr(re.sub(r"//.*@", "//", url))  # no password in a message
+        shown = repr(re.sub(r"^(\w+:/+)?.*@", r"\1", url))  # no password in a message
         hint = "write it as mqtt://host:1883, or mqtts://host:8883 for TLS"
         try:
             parts = urlsplit(url)
@@ -144,14 +150,19 @@ class Connection:
             self._on_message, Packet(message.topic, bytes(message.payload))
         )
         self._filters: set[str] = set()
-        self._published: dict[int, asyncio.Future[None]] = {}  # by message id, until acknowledged
+        self._published: dict[int, asyncio.Future[None]] = {}  # by message id, oldest first
         self._subscribed: dict[int, asyncio.Future[str]] = {}  # likewise; why it was refused, or empty
         self._packets: asyncio.Queue[Packet] = asyncio.Queue(MAX_WAITING)
         self._window = asyncio.Semaphore(WINDOW)
         self._connected = asyncio.Event()  # set, and replaced, at every connect
         self._refused = asyncio.Event()
         self._refusal = ""
+        self._fields = {"broker": str(broker)}  # of what is logged
         self._closing = False
+        self._online = False
+        self._patience_s = ACK_S  # for the acknowledgement of the oldest publish
+        self._oldest_since_s = 0.0  # a time of the loop
+        self._overdue: asyncio.TimerHandle | None = None
         self.num_dropped = 0
 
     @property
@@ -218,10 +229,12 @@ class Connection:
         async with self._window:
             mid = self._paho.publish(topic, payload, qos=1, retain=retain).mid
             acknowledged = self._published[mid] = self._loop.create_future()
+            if len(self._published) == 1:
+                self._watch_oldest()
             try:
                 await acknowledged
             finally:
-                self._published.pop(mid, None)
+                self._settle(mid)
 
     async def packet(self) -> Packet:
         """The next message that comes in on the subscriptions."""
@@ -231,8 +244,40 @@ class Connection:
         """Wait for the next reconnect, at most so long; whether there was one."""
         return bool(await within(timeout_s, self._connected.wait()))
 
+    def _settle(self, mid: int) -> asyncio.Future[None] | None:
+        """A publish waits no longer. What it waited for, None if it did not wait any more."""
+        was_oldest = next(iter(self._published), None) == mid
+        settled = self._published.pop(mid, None)
+        if was_oldest:
+            self._watch_oldest()
+        return settled
+
+    def _watch_oldest(self) -> None:
+        """From now on the oldest publish, if there is one, has all our patience."""
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+        if self._published and self._online and not self._closing:
+            self._oldest_since_s = self._loop.time()
+            self._overdue = self._loop.call_later(self._patience_s, self._renew)
+
+    def _renew(self) -> None:
+        """End the connection as a cut cable would; paho makes it anew and sends again what waits."""
+        log.warning(
+            "%s has left a message unacknowledged for %.0f s, connecting again",
+            self.broker,
+            self._patience_s,
+            extra=self._fields,
+        )
+        self._patience_s = min(2 * self._patience_s, MAX_ACK_S)
+        connection = self._paho.socket()
+        if isinstance(connection, socket.socket):
+            with contextlib.suppress(OSError):  # it has just ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
+
     async def _stop(self) -> None:
         self._closing = True
+        self._watch_oldest()
         self._paho.disconnect()
         await asyncio.to_thread(self._paho.loop_stop)
 
@@ -248,7 +293,7 @@ class Connection:
         if reason.is_failure:
             self._refusal = str(reason)
             self._refused.set()
-            log.warning("%s refuses us: %s", self.broker, reason)
+            log.warning("%s refuses us: %s", self.broker, reason, extra=self._fields)
             return
         for confirmed in self._subscribed.values():  # the connection they were asked on is gone
             if not confirmed.done():
@@ -256,12 +301,17 @@ class Connection:
         self._subscribed.clear()
         if self._filters:
             self._paho.subscribe([(one, 1) for one in sorted(self._filters)])
+        log.debug("connected to %s", self.broker, extra=self._fields)
+        self._online = True
+        self._watch_oldest()
         self._connected.set()
         self._connected = asyncio.Event()
 
     def _on_disconnect(self, reason: ReasonCode) -> None:
+        self._online = False
+        self._watch_oldest()
         if not self._closing:
-            log.warning("lost %s (%s), connecting again", self.broker, reason)
+            log.warning("lost %s (%s), connecting again", self.broker, reason, extra=self._fields)
 
     def _on_subscribe(self, mid: int, reasons: list[ReasonCode]) -> None:
         confirmed = self._subscribed.pop(mid, None)
@@ -269,7 +319,11 @@ class Connection:
             confirmed.set_result(next((str(reason) for reason in reasons if reason.is_failure), ""))
 
     def _on_publish(self, mid: int) -> None:
-        acknowledged = self._published.get(mid)
+        if next(iter(self._published), None) == mid:
+            # On a slow link an acknowledgement takes its time: connecting too soon would only add to it.
+            taken_s = self._loop.time() - self._oldest_since_s
+            self._patience_s = min(max(ACK_S, 4 * taken_s), MAX_ACK_S)
+        acknowledged = self._settle(mid)
         if acknowledged is not None and not acknowledged.done():
             acknowledged.set_result(None)
 

@@ -137,10 +137,12 @@ class Owed:
         self._owed: dict[BlobRef, dict[int, set[str]]] = {}
 
     def add(self, peer: str, ref: BlobRef, ranges: Ranges, chunk_bytes: int) -> None:
-        """`peer` asks for these. Raises `Malformed` for a range that the blob does not have."""
+        """`peer` asks for these. Raises `Malformed` for ranges that the blob does not have."""
         last = num_chunks(ref, chunk_bytes)
         if not all(0 <= first < end <= last for first, end in ranges):
             raise Malformed(f"a range beyond the end of {ref.sha256[:16]}")
+        if sum(end - first for first, end in ranges) > last:  # a message has room for thousands of ranges
+            raise Malformed(f"more chunks than {ref.sha256[:16]} has")
         if not ranges:
             return
         chunks = self._owed.setdefault(ref, {})
