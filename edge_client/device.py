@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wire.lock import locked
+from wire.signature import Owner
 from wire.store import Store
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -38,6 +39,7 @@ class Device:
     columns: a modality's name -> what the table calls it, where that differs.
     feature_dtype: of the features on disk. max_feature_bytes: the most that they may take there, None for
         what is free.
+    owner: whose signed bundles the client runs; None: any.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Device:
     columns: Mapping[str, str] = field(default_factory=dict)
     feature_dtype: str = "float16"
     max_feature_bytes: int | None = None
+    owner: Owner | None = None
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
