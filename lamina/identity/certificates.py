@@ -15,7 +15,7 @@ import ipaddress
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, cast
+from typing import Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -110,7 +110,7 @@ def revoke(
     """
     begin, number = now - BACKDATED, 1
     if before is not None:
-        begin = max(begin, cast(datetime, before.last_update_utc) + timedelta(seconds=1))
+        begin = max(begin, before.last_update_utc + timedelta(seconds=1))
         number = before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number + 1
     builder = (
         x509.CertificateRevocationListBuilder()

@@ -97,7 +97,6 @@ class Federation:
         or if that is empty of everybody, are made anew for the keys that they have. Raises `UserError`.
         """
         self._check_names(clients)
-        make_folder(self.ca.folder)
         where = self._where(hosts, port)
         self.ca.authority(self._now)
         owner = {"owner.pub": self._owner()}
@@ -164,6 +163,7 @@ class Federation:
         where = known or Where((), port or PORT)
         if hosts:
             where = Where(tuple(dict.fromkeys(hosts)), where.port)
+        make_folder(self.ca.folder)
         if where != known:
             write(self._where_path, msgspec.json.encode(where))
         return where
