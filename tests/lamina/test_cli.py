@@ -147,6 +147,14 @@ def test_help(helps, words):
         assert names == list(COMMANDS)
 
 
+def test_what_lamina_client_can_do_besides(helps):
+    told = helps[("client",)].stdout
+    assert "--broker" in told
+    for name in ("list", "revoke"):
+        assert f"  lamina client {name} " in told
+        assert "--dir" in helps[("client", name)].stdout
+
+
 def test_the_version(folder):
     done = lamina(folder, "--version")
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import ssl
@@ -13,9 +14,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from lamina.cli import command
 from lamina.identity import files
 from lamina.identity.federation import Federation
 from lamina.identity.files import make_folder, write, write_key
@@ -431,3 +434,56 @@ def test_a_disk_that_does_not_take_it(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used"):
         provision(tmp_path / "file" / "federation", hosts=HOSTS)
+
+
+def lamina(*words: str) -> Result:
+    return CliRunner().invoke(command, words, catch_exceptions=False)
+
+
+def test_what_the_command_says(tmp_path: Path):
+    folder = tmp_path / "federation"
+    words = ("provision", str(folder), "--broker-host", "Hub.Local", "--client", "ann")
+    first, again = lamina(*words), lamina(*words)
+    assert first.output.startswith("new certificates: broker, aggregator, ann\n")
+    assert again.output == first.output.replace(
+        "new certificates: broker, aggregator, ann", "everything is there already"
+    )
+    for name in ("broker", "clients/ann", "owner/owner.key", "aggregator/aggregator.toml"):
+        assert str(folder / name) in first.output
+    assert "to hub.local;" in first.output
+
+
+def test_the_list_as_table_and_json(folder: Path):
+    revoke(folder, "bob")
+    listed = json.loads(lamina("client", "list", "--dir", str(folder), "--json").output)
+    ends = f"{NOW + timedelta(days=730):%Y-%m-%d}"
+    ann = certificate(folder / "clients/ann/client.crt")
+    assert [(one["name"], one["state"]) for one in listed["clients"]] == [
+        ("ann", "valid"),
+        ("bob", "revoked"),
+    ]
+    assert listed["clients"][0]["serial"] == f"{ann.serial_number:x}"
+    assert listed["clients"][0]["expires"] == ann.not_valid_after_utc.isoformat()
+    lines = lamina("client", "list", "--dir", str(folder)).output.splitlines()
+    expected = [["client", "expires", "state"], ["ann", ends, "valid"], ["bob", ends, "revoked"]]
+    assert [line.split() for line in lines] == expected
+
+
+def test_revoking_says_what_is_left_to_do(folder: Path):
+    done = lamina("client", "revoke", "ann", "--dir", str(folder))
+    assert done.output.startswith("ann is revoked\n")
+    assert str(folder / "broker/crl.pem") in done.output
+    assert "restart mosquitto" in done.output
+    assert lamina("client", "revoke", "ann", "--dir", str(folder)).output.startswith(
+        "ann was revoked before"
+    )
+
+
+def test_certificates_that_end_soon_are_told(folder: Path, caplog: pytest.LogCaptureFixture):
+    with Federation.opened(folder, now=NOW - timedelta(days=700)) as federation:
+        federation.provision(clients=["cy"])
+    lamina("client", "list", "--dir", str(folder))
+    assert [record.getMessage().split(" ends on")[0] for record in caplog.records] == [
+        "the certificate of cy",
+        f"renew with lamina provision {folder} --renew, and hand them over",
+    ]
