@@ -456,8 +456,8 @@ def test_what_the_command_says(tmp_path: Path):
 def test_the_list_as_table_and_json(folder: Path):
     revoke(folder, "bob")
     listed = json.loads(lamina("client", "list", "--dir", str(folder), "--json").output)
-    ends = f"{NOW + timedelta(days=730):%Y-%m-%d}"
     ann = certificate(folder / "clients/ann/client.crt")
+    ends = f"{ann.not_valid_after_utc:%Y-%m-%d}"
     assert [(one["name"], one["state"]) for one in listed["clients"]] == [
         ("ann", "valid"),
         ("bob", "revoked"),
