@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 _HOST = re.compile(r"(?=.{1,253}$)([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)(\.[A-Za-z0-9-]{1,63})*")
 
+_folder_option = click.option(
+    "--dir",
+    "folder",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder that `lamina provision` has made.",
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -66,7 +74,7 @@ def provision_command(
 
 
 @click.command("list", short_help="The clients that were provisioned.")
-@click.option("--dir", "folder", required=True, type=click.Path(path_type=Path, file_okay=False))
+@_folder_option
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 def list_command(folder: Path, as_json: bool) -> None:
     """List the clients that `lamina provision` has made in --dir, and until when they are let in."""
@@ -85,7 +93,7 @@ def list_command(folder: Path, as_json: bool) -> None:
 
 @click.command("revoke", short_help="Shut a client out.")
 @click.argument("name")
-@click.option("--dir", "folder", required=True, type=click.Path(path_type=Path, file_okay=False))
+@_folder_option
 def revoke_command(name: str, folder: Path) -> None:
     """Shut the client NAME out: its certificates, of --dir, are no longer good.
 
@@ -95,7 +103,7 @@ def revoke_command(name: str, folder: Path) -> None:
         fresh = federation.revoke(name)
     click.echo(f"{name} is revoked" if fresh else f"{name} was revoked before")
     click.echo(
-        f"Copy {folder / 'broker' / 'crl.pem'} to the broker's folder and restart mosquitto there.\n"
+        f"Copy {folder / 'ca' / 'crl.pem'} over the one that the broker has, and restart mosquitto.\n"
         "(A reload would not end the connection that it has now. All others come back by themselves.)"
     )
 

@@ -472,7 +472,7 @@ def test_the_list_as_table_and_json(folder: Path):
 def test_revoking_says_what_is_left_to_do(folder: Path):
     done = lamina("client", "revoke", "ann", "--dir", str(folder))
     assert done.output.startswith("ann is revoked\n")
-    assert str(folder / "broker/crl.pem") in done.output
+    assert str(folder / "ca/crl.pem") in done.output
     assert "restart mosquitto" in done.output
     assert lamina("client", "revoke", "ann", "--dir", str(folder)).output.startswith(
         "ann was revoked before"
