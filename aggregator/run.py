@@ -59,6 +59,7 @@ class Settings:
     """name: of the run. bundle: the exported folder. folder: where the run keeps its books and blobs.
 
     evaluate: None without a hold-out. resume: go on with the run whose books are in `folder`.
+    signature: the owner's, of the bundle's manifest, for clients to check.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Settings:
     chunk_bytes: int
     evaluate: Evaluate | None = None
     resume: bool = False
+    signature: bytes | None = None
 
 
 async def conduct(broker: Broker, settings: Settings, books: Books, tell: Tell) -> Arrays:
@@ -134,6 +136,7 @@ class Run:
             started_s=record.started_s,
             heartbeat_s=self._plan.heartbeat_s,
             chunk_bytes=settings.chunk_bytes,
+            signature=settings.signature,
         )
         self.link = Link(
             connection,

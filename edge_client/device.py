@@ -26,6 +26,7 @@ from pathlib import Path
 
 from wire.files import PARTIAL
 from wire.lock import locked
+from wire.signature import Owner
 from wire.store import Store
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -41,6 +42,7 @@ class Device:
     feature_dtype: of the features on disk. max_feature_bytes: the most that they may take there, None for
         what is free.
     checkpoint_s: seconds of training between two checkpoints.
+    owner: whose signed bundles the client runs; None: any.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Device:
     feature_dtype: str = "float16"
     max_feature_bytes: int | None = None
     checkpoint_s: float = 60.0
+    owner: Owner | None = None
 
     @contextmanager
     def opened(self) -> Iterator[Store]:

@@ -28,6 +28,7 @@ from edge_client.checkpoint import Checkpoint
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
 from edge_client.engines import Run, choose, open_engine, open_graph
 from edge_client.features import Features, by_own_names
+from edge_client.gate import Gate
 from edge_client.link import Link, find_run
 from edge_client.parameters import Parameters
 from edge_client.pending import Pending, Work
@@ -59,11 +60,13 @@ async def take_part(broker: Broker, device: Device, run: str | None = None) -> N
     Raises `TransportError` where no broker takes us, `UserError` for what the user has to mend.
     """
     with device.opened() as store:
+        gate, patient = Gate(device.owner), False
         while True:
-            announcement = await find_run(broker, device.name, run)
+            announcement = await find_run(broker, device.name, run, gate, patient=patient)
+            patient = True  # the broker has been there: it comes back
             log.info("joining run %s as %s", announcement.run, device.name)
             try:
-                async with Link.open(broker, announcement, device.name, store) as link:
+                async with Link.open(broker, announcement, device.name, store, gate) as link:
                     await beside(_take_part(link, device, store), link.pump())
             except PeerError as error:
                 log.warning("run %s cannot be joined: %s", announcement.run, error)

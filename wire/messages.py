@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from wire.errors import LocalError, Malformed, Refusal, TooLarge
 from wire.manifest import BlobRef, Count
+from wire.signature import SIGNATURE_BYTES
 from wire.topics import NAME_PATTERN
 from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 
@@ -37,6 +38,7 @@ Compression = Literal["none", "float16", "int8"]
 Name = Annotated[str, Meta(pattern=rf"^{NAME_PATTERN}\Z")]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Instant = Annotated[float, Meta(ge=0, le=1e12)]
+Signature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
 class RoundKey(msgspec.Struct, frozen=True, order=True):
@@ -54,6 +56,7 @@ class Announcement(msgspec.Struct, frozen=True, tag=True):
 
     started_s: Unix time of the run's start; of several open runs a client joins the newest.
     chunk_bytes: the size of a packet in this run's transfers, header included (`wire/transfer.py`).
+    signature: the owner's, of the manifest (`wire/signature.py`); None: the bundle is not signed.
     """
 
     run: Name
@@ -62,6 +65,7 @@ class Announcement(msgspec.Struct, frozen=True, tag=True):
     heartbeat_s: Seconds
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     open: bool = True
+    signature: Signature | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
