@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS rounds(
   PRIMARY KEY(stage, round));
 CREATE TABLE IF NOT EXISTS updates(
   stage INTEGER, round INTEGER, client TEXT, counted_in INTEGER NOT NULL, groups TEXT NOT NULL,
-  num_examples INTEGER NOT NULL, loss REAL NOT NULL,
+  num_examples INTEGER NOT NULL, loss REAL NOT NULL, norm REAL NOT NULL,
   sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, raw_bytes INTEGER NOT NULL,
   PRIMARY KEY(stage, round, client));
 CREATE TABLE IF NOT EXISTS refusals(
@@ -131,16 +131,20 @@ class Books:
             self._write("INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
             self._write("DELETE FROM opened")
 
-    def accept(self, client: str, report: Report, raw_bytes: int, counted_in: int) -> None:
-        """An update is in the store and takes part in a round of its stage. raw_bytes: as float32."""
+    def accept(self, client: str, report: Report, raw_bytes: int, norm: float, counted_in: int) -> None:
+        """An update is in the store and takes part in a round of its stage.
+
+        raw_bytes: of its values as float32. norm: L2, over all of them.
+        """
         self._write(
-            "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *_key(report.key),
             client,
             counted_in,
             msgspec.json.encode(report.groups).decode(),
             report.num_examples,
             report.loss,
+            norm,
             report.update.sha256,
             report.update.size_bytes,
             raw_bytes,

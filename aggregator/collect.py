@@ -19,7 +19,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Protocol
 
-from aggregator.combine import Update
+from aggregator.combine import Update, norm
 from wire.compression import decompress_file, max_compressed_bytes
 from wire.errors import PeerError, Refusal, Silent
 from wire.manifest import BlobRef, Manifest
@@ -76,6 +76,7 @@ class Collection:
     ) -> None:
         self.offer = offer
         self.accepted: dict[Sender, Report] = {}
+        self.norms: dict[Sender, float] = {}  # L2, of those accepted since the start
         self._manifest = manifest
         self._fetch = fetch
         self._goal = goal
@@ -216,7 +217,7 @@ class Collection:
         fetch = self._fetches[sender] = asyncio.ensure_future(self._fetch(client, report.update))
         try:
             path = await fetch
-            decompress_file(path, shapes, compression)
+            length = norm(decompress_file(path, shapes, compression))
         except asyncio.CancelledError:
             if self._open:
                 raise
@@ -225,5 +226,5 @@ class Collection:
             fetch.cancel()
         if not self._open:
             raise self._closed(report)
-        self._files[sender] = path
+        self._files[sender], self.norms[sender] = path, length
         self.accepted[sender] = report

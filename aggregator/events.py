@@ -50,7 +50,7 @@ class RoundOpened(msgspec.Struct, frozen=True, tag=True):
 
 
 class UpdateAccepted(msgspec.Struct, frozen=True, tag=True):
-    """It takes part in the average, `staleness` rounds after the one it was trained for."""
+    """It takes part, `staleness` rounds after the one it was trained for. norm: L2, over all its tensors."""
 
     key: RoundKey
     client: str
@@ -58,6 +58,7 @@ class UpdateAccepted(msgspec.Struct, frozen=True, tag=True):
     loss: float
     size_bytes: int
     staleness: int = 0
+    norm: float = 0.0
 
 
 class UpdateRefused(msgspec.Struct, frozen=True, tag=True):

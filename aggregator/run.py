@@ -293,7 +293,8 @@ class Run:
             return
         if taken is Taken.COUNTS:
             raw = raw_bytes(self._manifest.shapes_of(report.groups))
-            self._books.accept(client, report, raw, collection.offer.key.round)
+            norm = collection.norms[client, report.key.round]
+            self._books.accept(client, report, raw, norm, collection.offer.key.round)
             self._machine.move(Event.UPDATE)
             self._tell(
                 UpdateAccepted(
@@ -303,6 +304,7 @@ class Run:
                     loss=report.loss,
                     size_bytes=report.update.size_bytes,
                     staleness=collection.staleness(report.key),
+                    norm=norm,
                 )
             )
         if taken is not Taken.COMING:

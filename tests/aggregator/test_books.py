@@ -86,7 +86,7 @@ def round_of(
 
 
 def accept(books: Books, client: str, report_: Report, raw_bytes: int = 4000) -> None:
-    books.accept(client, report_, raw_bytes, report_.key.round)
+    books.accept(client, report_, raw_bytes, 1.0, report_.key.round)
 
 
 def rows(books: Books, table: str) -> list[Row]:
@@ -119,7 +119,7 @@ def test_everything_is_there_after_closing_and_opening(tmp_path: Path):
     metrics = {"recall@1": 0.1 + 0.2, "chance@1": 1e-300}
     books.checkpoint(KEY, whole, ("ada", "ben"), 0.1 + 0.2, metrics, 12.25)
     report_ = report(groups=("image block", "head"), num_examples=2**63 - 1, update=ref(2, 2**63 - 1))
-    books.accept("ada", report_, 2**63 - 1, 3)
+    books.accept("ada", report_, 2**63 - 1, 0.5, 3)
     books.refuse("ben", RoundKey(0, 7), "late", "it's over; DROP TABLE rounds — ' \" \0")
     books.spend("ada", usage(bytes_sent=2**63 - 1, seconds=1e9))
     for _ in range(2):
@@ -387,7 +387,7 @@ books = Books(Path(sys.argv[1]))
 books.begin(RunRecord("r1", "a" * 64, "{}", 1.5))
 for number in range(100_000):
     key, ref = RoundKey(0, number), BlobRef.of(str(number).encode())
-    books.accept("ada", Report(key, ref, ("head",), 10, 0.5), 1, number)
+    books.accept("ada", Report(key, ref, ("head",), 10, 0.5), 1, 1.0, number)
     books.checkpoint(key, Checkpoint(ref), ("ada",), float(number), {"round": float(number)}, 1.0)
     books.spend("ada", Usage(key, 1, 1, 1, 1.0))
     print(number, flush=True)
