@@ -50,7 +50,7 @@ class RoundOpened(msgspec.Struct, frozen=True, tag=True):
 
 
 class UpdateAccepted(msgspec.Struct, frozen=True, tag=True):
-    """It takes part, `staleness` rounds after the one it was trained for. norm: L2, over all its tensors."""
+    """It takes part, `staleness` rounds after the one it was trained for. norm: L2, of all its values."""
 
     key: RoundKey
     client: str
