@@ -10,7 +10,6 @@ Next: `edge_client/train.py`, which goes on; `edge_client/pending.py`, what come
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import msgspec
 
 from edge_client.engines import Engine
 from edge_client.pending import Work
-from wire.files import PARTIAL, rename, replacing
+from wire.files import PARTIAL, rename, replacing, sync
 from wire.manifest import BlobRef
 
 SHARE = 0.01  # of the time, which writing may take
@@ -84,8 +83,7 @@ class Checkpoint:
             self._folder.mkdir(parents=True, exist_ok=True)
             partial = self._folder / f"state{PARTIAL}"
             engine.save(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(partial)
             state = BlobRef.of_file(partial)
             rename(partial, self._folder / state.sha256)
             with replacing(self._folder / _PROGRESS) as file:

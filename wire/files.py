@@ -17,15 +17,17 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends, and is gone if the block raises.
 
-    Raises `OSError` where the disk does not take it; what was there before stays then.
+    mode: the file's, whatever the umask is; it is its owner's alone before. Raises `OSError` where the disk
+    does not take it; what was there before stays then.
     """
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=PARTIAL, dir=path.parent)
     partial = Path(name)
     try:
         with os.fdopen(handle, "w+b") as file:
+            os.fchmod(handle, mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,7 +39,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def rename(partial: Path, path: Path) -> None:
     """Give a file that is whole and synced its name; the name, too, has to survive."""
     partial.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return once a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,10 +8,10 @@ Next: `lamina/identity/federation.py`, what is in them.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from wire.errors import LocalError
+from wire.files import PARTIAL, replacing
 
 PRIVATE, PUBLIC = 0o600, 0o644
 _FOLDER = 0o700
@@ -28,16 +28,10 @@ def make_folder(path: Path) -> None:
 
 def write(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Write the file, or replace it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # of a process that was killed
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
+    for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a process that was killed
+        left.unlink()
+    with replacing(path, mode) as file:
         file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    partial.replace(path)
-    sync(path.parent)
 
 
 def write_key(path: Path, content: bytes) -> None:
@@ -45,12 +39,3 @@ def write_key(path: Path, content: bytes) -> None:
     if path.exists():
         raise LocalError(f"{path} was about to be written over")
     write(path, content)
-
-
-def sync(folder: Path) -> None:
-    """Return once the folder's names are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
