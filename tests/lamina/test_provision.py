@@ -174,7 +174,7 @@ def test_killed_at_any_write_it_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         nonlocal written
         written += 1
         if written == last:
-            path.with_name(f".{path.name}.partial").write_bytes(content[:7])
+            path.with_name(f"{path.name}.x.partial").write_bytes(content[:7])
             raise Killed
         write(path, content, mode)
 
