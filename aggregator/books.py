@@ -161,13 +161,11 @@ class Books:
             "WHERE stage = ? AND counted_in = ?",
             *_key(key),
         )
-        return [
-            (
-                client,
-                Report(RoundKey(key.stage, number), BlobRef(sha256, size), tuple(groups.split()), *rest),
-            )
-            for client, number, sha256, size, groups, *rest in rows
-        ]
+        found = []
+        for client, number, sha256, size_bytes, groups, num_examples, loss in rows:
+            update, names = BlobRef(sha256, size_bytes), msgspec.json.decode(groups, type=tuple[str, ...])
+            found.append((client, Report(RoundKey(key.stage, number), update, names, num_examples, loss)))
+        return found
 
     def cohort(self, key: RoundKey) -> tuple[str, ...]:
         """Who was asked in a round that is done; nobody, if it is not."""

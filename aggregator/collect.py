@@ -175,7 +175,7 @@ class Collection:
         is_here = report.key.stage == ours.stage
         for taken, known in (
             (Taken.COUNTED, self.accepted[sender].update if is_here and sender in self.accepted else None),
-            (Taken.COMING, self._fetching.get(sender) if is_here else None),
+            (Taken.COMING, self._fetching.get(sender) if is_here and self._open else None),
             (Taken.COUNTED, self._past.counted(client, report.key) if report.key < ours else None),
         ):
             if known is not None and known != report.update:

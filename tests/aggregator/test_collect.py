@@ -351,11 +351,11 @@ def test_a_report_whose_update_comes_in_after_the_end_is_late(round_: Round):
     async def story() -> None:
         round_.hold("ben")
         await round_.collection.take("ada", round_.report(delta(1)))
-        late = asyncio.ensure_future(round_.refused("ben", round_.report(), "late", "closed while"))
+        late = asyncio.ensure_future(round_.refused("ben", round_.report(), "late", "is over"))
         await settle()
         assert len(round_.fetched) == 2
         round_.collection.close()
-        assert await round_.collection.take("ada", round_.report(delta(1))) is Taken.COMING
+        assert await round_.collection.take("ada", round_.report(delta(1))) is Taken.COUNTED
         await round_.refused("ben", round_.report(), "late", "is over")
         round_.release("ben")
         await late

@@ -197,7 +197,7 @@ def test_a_fetch_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> Non
     again = Network(tmp_path, ("a",))
     again.offer()
     assert run(again, again.fetch("a")) == [CONTENT]
-    assert len(again.published) < 30, "41 chunks, of which some had come"
+    assert len(again.published) <= 35, "41 chunks, of which some had come"
 
 
 def test_only_what_is_offered_can_be_had(tmp_path: Path) -> None:

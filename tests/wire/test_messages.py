@@ -74,7 +74,7 @@ def offer(**changes: Any) -> Offer:
         "cohort": ("ada", "ben"),
         "parameters": BlobRef.of(b"parameters"),
         "frozen": (BlobRef.of(b"first"), BlobRef.of(b"second")),
-        "plan": TrainPlan(1e-3, 32, 2, 2**63 - 1, "int8", "float16", 4, 0.01),
+        "plan": TrainPlan(1e-3, 32, 2, 2**63 - 1, "int8", "float16", 4, 3, 0.01),
         "deadline_s": 599.5,
         "change": Change(BlobRef.of(b"before"), BlobRef.of(b"change"), BlobRef.of(b"parameters")),
     }
