@@ -82,7 +82,7 @@ class Rows:
             with self._telling():
                 for row, values in zip(senders, block, strict=True):
                     self._file.seek(self._place(row, name) + first * _ITEM)
-                    if self._file.readinto(memoryview(values)) != values.nbytes:
+                    if self._file.readinto(values.data) != values.nbytes:
                         raise LocalError("an update is not on disk as it was written")
             yield slice(first, first + block.shape[1]), block
 

@@ -102,7 +102,7 @@ def test_it_is_the_plain_loop(seed: int, clients: list[tuple[int, set[str]]]):
     for name, expected in plain_loop(parameters, updates).items():
         assert combined[name].dtype == np.float32
         assert combined[name].shape == SHAPES[name]
-        np.testing.assert_allclose(combined[name].ravel(), expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(combined[name].ravel(), expected, rtol=1e-6, atol=2e-6)  # of sums to 20
 
 
 @settings(derandomize=True, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
