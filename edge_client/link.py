@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from edge_client.gate import Gate
 from wire import topics
-from wire.errors import PeerError, TooLarge
+from wire.errors import PeerError, TooLarge, TransportError
 from wire.exchange import Exchange
 from wire.manifest import MAX_MANIFEST_BYTES, BlobRef, Manifest, decode_manifest
 from wire.messages import Announcement, Bye, Hello, Offer, Receipt, Report, Usage, Want, decode, encode
@@ -122,7 +122,8 @@ class Link:
             try:
                 yield cls(connection, announcement, client, store, gate or Gate())
             finally:
-                await within(GOODBYE_S, connection.publish(*goodbye))
+                with contextlib.suppress(TransportError):  # what ended the block says more
+                    await within(GOODBYE_S, connection.publish(*goodbye))
 
     @property
     def traffic(self) -> tuple[int, int]:

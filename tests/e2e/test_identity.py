@@ -277,7 +277,7 @@ def test_a_client_with_another_name_than_its_certificates(secured: Secured, sign
     done = lamina(*secured.client_words("ann", "--name", "bob"))
     print(done.stderr, end="")  # noqa: T201 - seen with -s
     last = done.stderr.splitlines()[-1]
-    assert f"does not let us write to {topics.ROOT}/run/c/bob/up/" in last
+    assert f"does not let us write to {topics.up('run', 'bob', 'want')}" in last, "not the goodbye"
     assert "Not authorized" in last
     assert done.returncode == 69
     assert "Traceback" not in done.stderr
