@@ -18,7 +18,7 @@ from wire.tensors import Array, Arrays
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     """Raises `OSError`."""
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes them for `allow_pickle`
 
 
 def read_arrays(path: Path) -> Arrays:
