@@ -68,8 +68,7 @@ def combine(plan: RunPlan, shapes: Shapes, updates: Iterable[Update], scratch: P
 
 def norm(delta: Mapping[str, Array]) -> float:
     """The L2 norm over all tensors, summed in float64."""
-    wide = (np.asarray(value, np.float64) for value in delta.values())
-    return math.sqrt(sum(float(np.vdot(value, value)) for value in wide))
+    return math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in delta.values()))
 
 
 def _limited(plan: RunPlan, shapes: Shapes, update: Update) -> Update:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import shutil
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from wire.tensors import Arrays  # noqa: E402
 
 SCALE = Scale("tiny", clients=10, examples=400, held_out=None, rounds=5, local_epochs=1)
 MALICIOUS = 2
-MAX_NORM = 1.0
+MAX_NORM = 1.5
 
 NONE, NAN = "none", "NaN"
 ATTACKS: dict[str, Tamper] = {
@@ -87,10 +86,10 @@ def measure(rule: str, attack: str, data: Path, bundle: Path, out: Path) -> Resu
     chosen = {"learning_rate": SCALE.learning_rate, "batch_size": SCALE.batch_size}
     plan = RunPlan(**chosen, **(RULES | HONEST)[rule])
     attackers = malicious(data) if attack != NONE else []
-    threads, inputs = os.cpu_count() or 1, out / "inputs"
+    inputs = out / "inputs"
     with tempfile.TemporaryDirectory(dir=out) as folder:
         tampering = dict.fromkeys(attackers, ATTACKS[attack])
-        run = OneProcess(plan, bundle, data, inputs, Path(folder), tampering, threads)
+        run = OneProcess(plan, bundle, data, inputs, Path(folder), tampering)
         run.train()
         holdout = dataset_of(data / "holdout", bundle, read_manifest(bundle)[0], inputs / "holdout")
         return as_result(run, run.evaluate(holdout))

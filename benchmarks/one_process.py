@@ -1,8 +1,9 @@
 """A whole run in one process, without a broker: for benchmarks that need many runs and no clock.
 
 Rules: what trains, checks, combines and evaluates is the code of real clients and of a real aggregator;
-left out is what carries messages. Clients train in turn. Between its training and its report a client may
-tamper with its update, as a program of its own could.
+left out is what carries messages. Clients train in threads, as many at a time as there are cores, which
+changes nothing. Between its training and its report a client may tamper with its update, as a program of
+its own could.
 
 Next: `benchmarks/attacks.py`, which tampers.
 """
@@ -10,9 +11,12 @@ Next: `benchmarks/attacks.py`, which tampers.
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -64,17 +68,17 @@ class Client:
         self._manifest, _ = read_manifest(bundle)
         self._cache = FeatureCache(folder, self._manifest, dataset, ONNX)
 
-    def train(self, offer: Offer, parameters: Arrays, threads: int) -> Trained:
+    def train(self, offer: Offer, parameters: Arrays) -> Trained:
         """As `edge_client/session.py` does."""
         for step in self._cache.steps(offer):
             shapes = self._manifest.shapes_of(self._manifest.groups_frozen_after(step.stage))
             frozen = self._store.path(offer.frozen[step.stage])
             values = restore_file(frozen, shapes, offer.plan.prefix_compression)
             graph = by_own_names(step.graph)
-            run = open_graph(ONNX, self._bundle.joinpath, graph, threads)
+            run = open_graph(ONNX, self._bundle.joinpath, graph)
             self._cache.run(step, run, values, Event())
         stage, features = offer.key.stage, self._cache.features(offer)
-        with open_engine(ONNX, self._bundle.joinpath, self._manifest, stage, threads) as engine:
+        with open_engine(ONNX, self._bundle.joinpath, self._manifest, stage) as engine:
             return train(engine, parameters, features, offer.plan, self._name, Event())
 
 
@@ -93,10 +97,9 @@ class OneProcess:
         inputs: Path,
         folder: Path,
         tampering: Mapping[str, Tamper],
-        threads: int,
     ) -> None:
         self._plan, self._bundle, self._folder = plan, bundle, folder
-        self._tampering, self._threads = tampering, threads
+        self._tampering = tampering
         self._manifest, _ = read_manifest(bundle)
         self._store, self._updates = Store(folder / "blobs"), Store(folder / "updates")
         self._state = State(bundle, self._manifest, self._store, plan)
@@ -122,10 +125,8 @@ class OneProcess:
 
     def evaluate(self, holdout: Dataset) -> dict[str, float]:
         """Metrics of the model as it is."""
-        state = self._state
-        return evaluate_stage(
-            self._bundle, self._manifest, holdout, self._threads, state.stage, state.values
-        )
+        stage, values = self._state.stage, self._state.values
+        return evaluate_stage(self._bundle, self._manifest, holdout, os.cpu_count() or 1, stage, values)
 
     def norms(self) -> dict[int, float]:
         """Stage, from 1 -> the median over honest clients and rounds of their updates' L2 norms."""
@@ -134,16 +135,18 @@ class OneProcess:
     async def _collect(self, key: RoundKey) -> Collection:
         offer = self._offer(key)
         collection = Collection(self._manifest, offer, self._fetch, NoPast())
-        for name, client in self._clients.items():
-            trained = client.train(offer, self._state.trainable(), self._threads)
-            delta = trained.delta
+        parameters = self._state.trainable()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = list(pool.map(lambda client: client.train(offer, parameters), self._clients.values()))
+        for name, trained in zip(self._clients, done, strict=True):
+            delta, seed = trained.delta, [offer.plan.seed, zlib.crc32(name.encode())]
             if name in self._tampering:
                 delta = self._tampering[name](delta)
             else:
                 self._norms.setdefault(key.stage, []).append(norm(delta))
             report = Report(
                 key=key,
-                update=self._updates.put(compress(delta, offer.plan.compression, offer.plan.seed)),
+                update=self._updates.put(compress(delta, offer.plan.compression, seed)),
                 groups=self._manifest.stages[key.stage].trainable,
                 num_examples=trained.num_examples,
                 loss=trained.loss,
