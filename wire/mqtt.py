@@ -123,12 +123,20 @@ class _CountingClient(paho.Client):
     tls_error: ssl.SSLError | None = None
 
     def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        """As paho's, which leaves the socket open when the handshake fails."""
+        assert self._ssl_context is not None
+        secure = self._ssl_context.wrap_socket(
+            tcp_sock, server_hostname=self._host, do_handshake_on_connect=False
+        )
+        secure.settimeout(CONNECT_TIMEOUT_S)
         self.tls_error = None
         try:
-            return super()._ssl_wrap_socket(tcp_sock)
-        except ssl.SSLError as error:
-            self.tls_error = error
+            secure.do_handshake()
+        except OSError as error:
+            self.tls_error = error if isinstance(error, ssl.SSLError) else None
+            secure.close()
             raise
+        return secure
 
     def _sock_send(self, buf: Any) -> int:
         try:
@@ -242,7 +250,7 @@ class Connection:
         except BaseException as error:
             await self._stop()
             if isinstance(error, ssl.SSLError | ConnectionResetError) and self.broker.tls:
-                raise self._tls_failure(error) from error
+                raise self._tls_failure(error, in_handshake=True) from error
             if isinstance(error, OSError | ValueError):
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise TransportError(f"no broker at {self.broker}: {reason}", _CHECK) from error
@@ -375,12 +383,12 @@ class Connection:
 
     def _on_connect_fail(self, tls_error: ssl.SSLError | None) -> None:
         if tls_error is not None:
-            self._failed(self._tls_failure(tls_error))
+            self._failed(self._tls_failure(tls_error, in_handshake=True))
         elif not self._entered.done():
             self._failed(TransportError(f"no broker at {self.broker}", _CHECK))
 
-    def _tls_failure(self, error: OSError | None) -> TransportError:
-        what, hint = explain(error, self.broker.credentials)
+    def _tls_failure(self, error: OSError | None, *, in_handshake: bool = False) -> TransportError:
+        what, hint = explain(error, self.broker.credentials, in_handshake=in_handshake)
         return TransportError(f"{self.broker} {what}", hint)
 
     def _failed(self, error: TransportError) -> None:

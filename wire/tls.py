@@ -20,9 +20,14 @@ _EXPIRED, _NOT_YET, _OTHER_HOST, _OTHER_ADDRESS = 10, 9, 62, 64  # of OpenSSL's 
 _UNKNOWN_AUTHORITY = (2, 18, 19, 20, 21)  # likewise
 _MADE_FOR_IT = "use the files that `lamina provision` has made for this broker"
 
+_NO_TLS = "TLS has a port of its own, often 8883; at 1883 it is often mqtt://"
+
 _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": ("asks for a certificate", "give --cert and --key"),
-    "SSLV3_ALERT_HANDSHAKE_FAILURE": ("agrees on nothing, it may ask for a certificate", "see --cert"),
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": (
+        "agrees to nothing: it may ask for a certificate",
+        "give --cert and --key",
+    ),
     "SSLV3_ALERT_CERTIFICATE_REVOKED": (
         "refuses this certificate, which is revoked",
         "whoever provisioned it can make another",
@@ -35,7 +40,7 @@ _ALERTS = {
     "SSLV3_ALERT_BAD_CERTIFICATE": ("refuses this certificate", _MADE_FOR_IT),
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": ("refuses this certificate", _MADE_FOR_IT),
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": ("refuses this certificate", _MADE_FOR_IT),
-    "WRONG_VERSION_NUMBER": ("does not speak TLS", "mqtt:// is without it, often at port 1883"),
+    "WRONG_VERSION_NUMBER": ("does not speak TLS", _NO_TLS),
 }
 
 
@@ -77,23 +82,25 @@ class Credentials:
         return context
 
 
-def explain(error: OSError | None, credentials: Credentials) -> tuple[str, str]:
+def explain(
+    error: OSError | None, credentials: Credentials, *, in_handshake: bool = False
+) -> tuple[str, str]:
     """What the broker has done, to follow its address in a sentence, and the next step.
 
-    error: of the handshake or of the first read; None where the connection just ended.
+    error: of the handshake, or of what came after it; None where the connection just ended.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"has a certificate that is not to be trusted: {_verdict(error)}", _hint(error)
-    if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
-        return _ALERTS[error.reason]
+    if (alert := getattr(error, "reason", None)) in _ALERTS:
+        return _ALERTS[alert]
+    if in_handshake:
+        return "ended the connection before TLS was agreed on: its port may be without", _NO_TLS
     if credentials.cert is None:
-        return "ended the connection during or right after TLS: it may ask for a certificate", (
-            "give --cert and --key, and check that the port is one for TLS"
-        )
+        return "ended the connection right after TLS: it may ask for a certificate", "give --cert and --key"
     return (
         "ended the connection right after TLS: it may not accept this certificate (revoked, expired or of "
         "another authority)"
-    ), "see the broker's log, and check that the port is one for TLS"
+    ), "the broker's log says why"
 
 
 def _verdict(error: ssl.SSLCertVerificationError) -> str:

@@ -59,7 +59,7 @@ def provision_command(
 ) -> None:
     """Make a private authority, certificates, and what broker, aggregator and clients are started with.
 
-    FOLDER gets a folder for each machine. Once more, it adds clients, and leaves what is there.
+    FOLDER gets a folder for each machine. Run again, it adds clients and leaves what is there.
     """
     addresses = [_host(host) for host in hosts]
     with _federation(folder, new=True) as federation:

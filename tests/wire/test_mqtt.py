@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
@@ -175,20 +176,26 @@ def test_something_else_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
         run(main)
 
 
-def test_something_that_hangs_up() -> None:
+@pytest.mark.parametrize(
+    ("tls", "line"), [(False, "does not answer as an MQTT broker"), (True, "before TLS was agreed on")]
+)
+def test_something_that_hangs_up(tls: bool, line: str) -> None:
     """It is told at once, not after a time of trying again."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(10)
             writer.close()
-            await writer.wait_closed()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
         async def main() -> None:
             other = await asyncio.start_server(hang_up, sock=server)
             begin = time.monotonic()
-            with pytest.raises(TransportError, match="does not answer as an MQTT broker"):
-                async with Connection(Broker("127.0.0.1", server.getsockname()[1]), "a"):
+            with pytest.raises(TransportError, match=line) as caught:
+                async with Connection(Broker("127.0.0.1", server.getsockname()[1], tls=tls), "a"):
                     pass
+            assert caught.value.hint
             assert time.monotonic() - begin < CONNECT_TIMEOUT_S / 2
             other.close()
             await other.wait_closed()

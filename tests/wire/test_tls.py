@@ -91,6 +91,7 @@ def test_certificates_are_for_tls_only(files: Path):
         ("SSLV3_ALERT_CERTIFICATE_REVOKED", True, "revoked", "provision"),
         ("SSLV3_ALERT_CERTIFICATE_EXPIRED", True, "expired", "--renew"),
         ("TLSV1_ALERT_UNKNOWN_CA", True, "another authority", "lamina provision"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", False, "may ask for a certificate", "--cert"),
         ("WRONG_VERSION_NUMBER", True, "does not speak TLS", "mqtt://"),
         ("A_NEW_REASON", True, "may not accept this certificate", "log"),
         ("A_NEW_REASON", False, "may ask for a certificate", "--cert"),
@@ -107,3 +108,10 @@ def test_what_an_alert_means(error: str | None, has_certificate: bool, what: str
     told, step = explain(raised, given)
     assert what in told
     assert hint in step
+
+
+@pytest.mark.parametrize("error", [ssl.SSLEOFError(8, "EOF"), ConnectionResetError()])
+def test_what_ends_before_it_has_begun_may_have_no_tls(error: OSError):
+    told, step = explain(error, Credentials(), in_handshake=True)
+    assert "before TLS was agreed on" in told
+    assert "mqtt://" in step
