@@ -103,6 +103,8 @@ class OneProcess:
         self._manifest, _ = read_manifest(bundle)
         self._store, self._updates = Store(folder / "blobs"), Store(folder / "updates")
         self._state = State(bundle, self._manifest, self._store, plan)
+        first = next(iter(self._manifest.stages[0].encoders.values()))
+        open_graph(ONNX, bundle.joinpath, first)  # sets up the runtime, which threads cannot do at once
         self._clients = {}
         for path in sorted((data / "clients").iterdir()):
             dataset = dataset_of(path, bundle, self._manifest, inputs / path.name)
