@@ -96,7 +96,7 @@ def _per_channel(modality: Modality, option: str, default: float) -> npt.NDArray
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Upright RGB, perhaps the same object: a picture takes 4 bytes a pixel so, with alpha at most 13.
+    """Upright RGB, perhaps the same object: a large picture takes 4 bytes a pixel so, with alpha 13.
 
     16-bit grey is scaled to 8 bits, which `convert` alone would clip to white.
     """

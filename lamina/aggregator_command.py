@@ -6,6 +6,7 @@ Next: `aggregator/run.py`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import replace
 from functools import partial
@@ -19,24 +20,32 @@ from lamina.options import (
     broker_option,
     column_option,
     config_option,
+    owner_option,
     pairs,
     plan_options,
     run_until_stopped,
+    tls_options,
 )
 from wire.errors import UserError
 from wire.lock import locked
+from wire.manifest import BlobRef, Manifest, check_files, read_manifest
 from wire.mqtt import Broker
+from wire.signature import Owner, read_signature
+from wire.tls import Credentials
 from wire.topics import check_name
 from wire.transfer import CHUNK_BYTES, check_chunk_bytes
 
 if TYPE_CHECKING:
     from aggregator.events import Event, Tell
     from aggregator.run import Evaluate
-    from wire.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 
 @click.command("aggregator", short_help="Conduct a run.")
 @broker_option(required=True)
+@tls_options
+@owner_option("The public key of the run's owner: check now what clients will check.")
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -70,6 +79,8 @@ if TYPE_CHECKING:
 @config_option
 def command(
     broker: str,
+    credentials: Credentials,
+    owner: Path | None,
     bundle: Path,
     name: str,
     folder: Path,
@@ -91,12 +102,15 @@ def command(
     from aggregator.events import to_json
     from aggregator.plan import RunPlan
     from aggregator.run import Settings
-    from wire.manifest import read_manifest
 
-    address = Broker.parse(broker)
+    address = Broker.parse(broker, credentials)
     always(run=name)
     run_plan = RunPlan(**plan)
-    manifest, _ = read_manifest(bundle)
+    manifest, content = read_manifest(bundle)
+    signature = read_signature(bundle)
+    if owner is not None:
+        check_files(bundle, manifest)
+        _check_signature(bundle, BlobRef.of(content), signature, owner)
     if run_plan.batch_size > manifest.max_batch_size:
         raise UserError(
             f"batch_size is {run_plan.batch_size}, and {bundle} takes at most {manifest.max_batch_size}",
@@ -109,6 +123,7 @@ def command(
         plan=run_plan,
         chunk_bytes=check_chunk_bytes(chunk_bytes),
         resume=resume,
+        signature=signature,
     )
     theirs = pairs(columns, "--column")
     with locked(folder, "stop it, or choose another --dir"), contextlib.closing(Books(folder)) as books:
@@ -121,6 +136,14 @@ def command(
         else:
             with View() as view:
                 _conduct(address, settings, manifest, books, view.show)
+
+
+def _check_signature(bundle: Path, manifest: BlobRef, signature: bytes | None, path: Path) -> None:
+    owner = Owner.read(path)
+    if not owner.has_signed(manifest, signature):
+        how = "not signed" if signature is None else f"changed, or signed by someone else than {path}"
+        raise UserError(f"{bundle} is {how}", f"sign it: lamina sign {bundle} --key owner.key")
+    log.info("%s is signed by owner %s", bundle, owner.name)
 
 
 def _conduct(address: Broker, settings: Any, manifest: Manifest, books: Any, tell: Tell) -> None:

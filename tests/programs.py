@@ -84,6 +84,26 @@ def start(log: Path, *arguments: str) -> Iterator[Started]:
         started.kill()
 
 
+@contextlib.contextmanager
+def paused(*programs: Started) -> Iterator[None]:
+    """These programs stand still."""
+    for program in programs:
+        program.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.process.send_signal(signal.SIGCONT)
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    """Wait for something that nobody tells of."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"{what} has not come about"
+        time.sleep(0.02)
+
+
 class Mosquitto:
     """A real broker on a port of its own; it keeps nothing on disk, so it comes back empty."""
 
@@ -213,8 +233,14 @@ class Programs:
         self._stack.callback(started.kill)
         return started
 
-    def clients(self, url: str, name: str = "run", names: tuple[str, ...] = CLIENTS) -> dict[str, Started]:
-        return {client: self.client(url, client, name) for client in names}
+    def clients(
+        self, url: str, name: str = "run", names: tuple[str, ...] = CLIENTS, *options: str
+    ) -> dict[str, Started]:
+        return {client: self.client(url, client, name, *options) for client in names}
+
+    def is_training(self, client: str, name: str = "run") -> bool:
+        """Whether a client with `--checkpoint-s 0` is past the first step of a round."""
+        return (self._folder / f"{name}-{client}" / "training" / "progress").exists()
 
 
 def lamina(*arguments: str, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from wire.errors import Malformed, UserError
@@ -85,14 +85,14 @@ def decode_chunk(packet: bytes) -> Chunk:
 class Missing:
     """What a receiver still misses of a blob, and which of it is on its way.
 
-    ask: the next chunks to ask for, so that at most `window` are on their way.
+    ask: the next chunks to ask for, so that at most `window` are on their way. have: those that are here.
     """
 
-    def __init__(self, ref: BlobRef, chunk_bytes: int, window: int) -> None:
+    def __init__(self, ref: BlobRef, chunk_bytes: int, window: int, have: Set[int] = frozenset()) -> None:
         self.ref = ref
         self._chunk_bytes = chunk_bytes
         self._window = window
-        self._missing = set(range(num_chunks(ref, chunk_bytes)))
+        self._missing = set(range(num_chunks(ref, chunk_bytes))) - have
         self._asked: set[int] = set()
 
     @property

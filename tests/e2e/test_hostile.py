@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from msgspec.structs import replace
-from programs import Programs, Started
+from programs import Programs, Started, paused
 from safetensors.numpy import save
 
 from aggregator.events import RoundClosed, RunClosed, UpdateRefused
@@ -52,18 +50,6 @@ class Liar:
         path.write_bytes(content)
         report = change(self.report(content))
         return (await asyncio.wait_for(self.link.report(report, path), 60)).refusal
-
-
-@contextlib.contextmanager
-def paused(*clients: Started) -> Iterator[None]:
-    """These clients stand still."""
-    for client in clients:
-        client.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for client in clients:
-            client.process.send_signal(signal.SIGCONT)
 
 
 async def lie(url: str, folder: Path, name: str, act: Callable[[Liar], object]) -> None:
@@ -143,7 +129,7 @@ def test_each_refusal_has_its_name_and_the_run_is_unharmed(
     }
     refused = len(answers) + 1  # and the one of the second round
     assert len(aggregator.all(UpdateRefused)) == refused
-    assert aggregator.rows("SELECT COUNT(*) FROM refusals WHERE client = 'liar'") == [(refused,)]
+    assert aggregator.rows("SELECT SUM(times) FROM refusals WHERE client = 'liar'") == [(refused,)]
     assert [event.accepted for event in aggregator.all(RoundClosed)] == [("ann", "bob")] * 2
     expected = honest.final()
     assert all(np.array_equal(value, expected[name]) for name, value in aggregator.final().items())

@@ -75,9 +75,7 @@ def read_books(folder: Path) -> tuple[set[Key], list[tuple[Entry, Key]]]:
     """The rounds that are combined; the updates that were accepted, each with the round it counts in."""
     with contextlib.closing(sqlite3.connect(f"file:{folder / 'books.sqlite'}?mode=ro", uri=True)) as books:
         rounds = set(books.execute("SELECT stage, round FROM rounds"))
-        columns = {name for _, name, *_ in books.execute("PRAGMA table_info(updates)")}
-        counted = "counted_in" if "counted_in" in columns else "round"  # a late one counts in a later round
-        rows = books.execute(f"SELECT stage, round, client, sha256, num_examples, {counted} FROM updates")
+        rows = books.execute("SELECT stage, round, client, sha256, num_examples, counted_in FROM updates")
         return rounds, [
             (Entry((stage, number), *rest), (stage, counted_in))
             for stage, number, *rest, counted_in in rows

@@ -12,7 +12,8 @@ from ledger import disagreements, main
 
 SCHEMA = """
 CREATE TABLE rounds(stage INTEGER, round INTEGER);
-CREATE TABLE updates(stage INTEGER, round INTEGER, client TEXT, sha256 TEXT, num_examples INTEGER);
+CREATE TABLE updates(
+  stage INTEGER, round INTEGER, client TEXT, sha256 TEXT, num_examples INTEGER, counted_in INTEGER);
 """
 CLIENTS = ("ann", "bob")
 Row = tuple[int, int, str, str, int]
@@ -53,7 +54,7 @@ def check(
     database = sqlite3.connect(folder / "books.sqlite")
     database.executescript(SCHEMA)
     database.executemany("INSERT INTO rounds VALUES (?, ?)", rounds)
-    database.executemany("INSERT INTO updates VALUES (?, ?, ?, ?, ?)", updates)
+    database.executemany("INSERT INTO updates VALUES (?1, ?2, ?3, ?4, ?5, ?2)", updates)
     database.commit()
     database.close()
     log = folder / "clients.log"
@@ -109,8 +110,6 @@ def test_an_update_twice_in_the_books(tmp_path: Path) -> None:
 def test_a_late_update_counts_in_the_round_that_the_books_say(tmp_path: Path) -> None:
     check(tmp_path)
     books = sqlite3.connect(tmp_path / "books.sqlite")
-    books.execute("ALTER TABLE updates ADD COLUMN counted_in INTEGER")
-    books.execute("UPDATE updates SET counted_in = round")
     books.execute("UPDATE updates SET counted_in = 1 WHERE (stage, round, client) = (0, 0, 'bob')")
     books.commit()
     books.close()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
 from wire.errors import TransportError, UserError
-from wire.mqtt import MAX_WAITING, Broker, Connection, Packet
+from wire.mqtt import CONNECT_TIMEOUT_S, MAX_WAITING, Broker, Connection, Packet
 
 PATIENCE_S = 30
 
@@ -170,6 +172,33 @@ def test_something_else_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(TransportError, match="does not answer as an MQTT broker"):
                 async with Connection(Broker("127.0.0.1", server.getsockname()[1]), "a"):
                     pass
+
+        run(main)
+
+
+@pytest.mark.parametrize(
+    ("tls", "line"), [(False, "does not answer as an MQTT broker"), (True, "before TLS was agreed on")]
+)
+def test_something_that_hangs_up(tls: bool, line: str) -> None:
+    """It is told at once, not after a time of trying again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(10)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+        async def main() -> None:
+            other = await asyncio.start_server(hang_up, sock=server)
+            begin = time.monotonic()
+            with pytest.raises(TransportError, match=line) as caught:
+                async with Connection(Broker("127.0.0.1", server.getsockname()[1], tls=tls), "a"):
+                    pass
+            assert caught.value.hint
+            assert time.monotonic() - begin < CONNECT_TIMEOUT_S / 2
+            other.close()
+            await other.wait_closed()
 
         run(main)
 
