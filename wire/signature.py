@@ -68,6 +68,7 @@ class Owner:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}", "check --owner") from error
         try:
+            from cryptography.exceptions import UnsupportedAlgorithm
             from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
             from cryptography.hazmat.primitives.serialization import load_pem_public_key
         except ImportError as error:
@@ -77,7 +78,7 @@ class Owner:
             ) from error
         try:
             key = load_pem_public_key(content)
-        except ValueError:
+        except (ValueError, UnsupportedAlgorithm):
             key = None
         if not isinstance(key, Ed25519PublicKey):
             raise UserError(f"{path} is not an owner's public key", "give the owner.pub of the run's owner")

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
@@ -38,6 +39,17 @@ from lamina.identity.files import make_folder, write, write_key
 from wire.errors import UserError
 
 EXPIRES_SOON = timedelta(days=60)
+
+UNREADABLE = (  # TypeError: a key is encrypted; LookupError: a name lacks a part
+    ValueError,
+    TypeError,
+    LookupError,
+    InternalError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    msgspec.MsgspecError,
+)
+"""What reading a damaged file of this folder raises."""
 
 T = TypeVar("T")
 
@@ -103,7 +115,7 @@ class Ca:
         """Every certificate, the oldest first."""
         revoked = {one.serial_number for one in self._revoked() or ()}
         paths = sorted((self.folder / "issued").glob("*.crt"))
-        certificates = [load(path, x509.load_pem_x509_certificate) for path in paths]
+        certificates = [load(path, _certificate) for path in paths]
         return [Issued(one, one.serial_number in revoked) for one in certificates]
 
     def members(self) -> list[Issued]:
@@ -138,6 +150,14 @@ class Ca:
         return load(self.crl, x509.load_pem_x509_crl) if self.crl.exists() else None
 
 
+def _certificate(content: bytes) -> x509.Certificate:
+    """As in a file, with all that is read of it later on."""
+    certificate = x509.load_pem_x509_certificate(content)
+    for read in (name_of, role_of):
+        read(certificate)
+    return certificate
+
+
 def tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The key in this file, made if there is none."""
     if not path.exists():
@@ -154,7 +174,7 @@ def owner_key(path: Path) -> ed25519.Ed25519PrivateKey:
         key = load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "check --key") from error
-    except (ValueError, TypeError):  # TypeError: it is encrypted
+    except UNREADABLE:
         key = None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise UserError(f"{path} is not an owner's private key", "give the owner.key of lamina provision")
@@ -166,5 +186,5 @@ def load(path: Path, decode: Callable[[bytes], T]) -> T:
     content = path.read_bytes()
     try:
         return decode(content)
-    except (ValueError, TypeError, msgspec.MsgspecError) as error:  # TypeError: it is encrypted
+    except UNREADABLE as error:
         raise UserError(f"{path} is damaged, or not what it should be", "bring back what it was") from error

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -30,7 +31,7 @@ if __name__ == "__main__":
 
     # Before the decoders are imported: what they import is instrumented then.
     instrumented = atheris.instrument_imports(
-        include=["wire", "inputs", "aggregator", "edge_client", "csv", "safetensors"]
+        include=["wire", "inputs", "aggregator", "edge_client", "lamina", "csv", "safetensors"]
     )
 else:
     instrumented = contextlib.nullcontext()
@@ -38,14 +39,19 @@ else:
 with instrumented:
     import msgspec
     import numpy as np
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding
     from PIL import Image
 
     from aggregator.books import NAME, Books, RunRecord
     from edge_client import pending
+    from edge_client.checkpoint import Checkpoint, Progress
     from inputs.image import ImageReader
     from inputs.readers import Unreadable
     from inputs.rows import Rows, write_rows
     from inputs.table import read_table
+    from lamina.identity.ca import Ca, owner_key
+    from lamina.identity.certificates import key_pem, new_key, public_pem
     from wire import topics
     from wire.compression import compress, decompress, max_compressed_bytes, restore, round_off
     from wire.errors import PeerError, UserError
@@ -81,8 +87,10 @@ with instrumented:
         encode,
     )
     from wire.mqtt import Broker
+    from wire.signature import SIGNATURE_BYTES, SIGNATURE_NAME, Owner, read_signature, signed_text
+    from wire.store import Store
     from wire.tensors import max_bytes, pack, unpack, unpack_file
-    from wire.transfer import Missing, Owed, decode_chunk, encode_chunk
+    from wire.transfer import Missing, Owed, decode_chunk, encode_chunk, extent
 
 EXPECTED = (PeerError, UserError)
 BASE_MB = 160  # the interpreter, the decoders, the fuzzer and its corpus
@@ -93,6 +101,9 @@ CONTENT = bytes(range(256)) * 12  # of a blob of four chunks
 BLOB = BlobRef.of(CONTENT)
 KEY = RoundKey(1, 4)
 PLAN = TrainPlan(1e-3, 32, 2, 7, "int8", "float16", 4)
+KEY_OF_OWNER = Ed25519PrivateKey.from_private_bytes(bytes(32))
+OWNER = Owner.of(KEY_OF_OWNER.public_key())
+SIGNATURE = KEY_OF_OWNER.sign(signed_text(BLOB))
 CHANGE = Change(BlobRef.of(b"base"), BlobRef.of(b"change"), BlobRef.of(b"result"))
 
 
@@ -191,7 +202,7 @@ def mutated(target: Target, content: bytes, max_bytes: int, seed: int) -> bytes:
 MESSAGES: dict[type[Any], tuple[Message, ...]] = {
     Announcement: (
         Announcement("r1", BLOB, 1.7e9, 10.0, 120 << 10),
-        Announcement("r1", BLOB, 1.7e9, 1e9, CHUNK_BYTES, open=False),
+        Announcement("r1", BLOB, 1.7e9, 1e9, CHUNK_BYTES, open=False, signature=bytes(64)),
     ),
     Hello: (Hello({"text": 7, "image": 5}, "onnx", 4096, "0.1"),),
     Bye: (Bye(),),
@@ -322,6 +333,47 @@ class Files:
             books.clients_told(KEY)
             books.figures((0, 1))
 
+    def checkpoint(self, content: bytes) -> None:
+        (folder := self.folder / "training").mkdir(exist_ok=True)
+        (folder / "progress").write_bytes(content)
+        Checkpoint(folder, _work(), "onnx", 60.0).resume(NoEngine())  # type: ignore[arg-type]
+
+    def partial(self, content: bytes) -> None:
+        """A transfer that a killed process has left, gone on with to its end."""
+        store = Store(self.folder / "blobs")
+        name = f"{BLOB.sha256}.4@ann.partial"
+        (self.folder / "blobs" / name).write_bytes(content)
+        with store.receive(BLOB, 4, "ann") as partial:
+            missing = Missing(BLOB, CHUNK_BYTES, 4, partial.have)
+            for index in [index for first, end in missing.ask() for index in range(first, end)]:
+                partial.write(index, *_part(index))
+        store.remove(BLOB)
+
+    def owner(self, content: bytes) -> None:
+        Owner.read(self._written("owner.pub", content)).has_signed(BLOB, bytes(SIGNATURE_BYTES))
+
+    def owner_key(self, content: bytes) -> None:
+        owner_key(self._written("owner.key", content))
+
+    def signature(self, content: bytes) -> None:
+        self._written(SIGNATURE_NAME, content)
+        assert not OWNER.has_signed(BLOB, read_signature(self.folder)) or content == SIGNATURE
+
+    def certificate(self, content: bytes) -> None:
+        (folder := self.folder / "ca" / "issued").mkdir(parents=True, exist_ok=True)
+        (folder / "000001-ann.crt").write_bytes(content)
+        [(one.name, one.role, one.expires) for one in Ca(folder.parent).members()]
+
+    def revoked(self, content: bytes) -> None:
+        (folder := self.folder / "crl").mkdir(exist_ok=True)
+        (folder / "crl.pem").write_bytes(content)
+        Ca(folder).members()
+
+    def seed_of_checkpoint(self) -> bytes:
+        folder = self.folder / "training"
+        Checkpoint(folder, _work(), "onnx", 60.0).save(NoEngine(), Progress(1, 8, 2.5))  # type: ignore[arg-type]
+        return (folder / "progress").read_bytes()
+
     def seed_of_rows(self) -> bytes:
         write_rows(path := self.folder / "seed.npy", (3, 4), np.float32, [np.ones((3, 4), np.float32)])
         return path.read_bytes()
@@ -338,13 +390,52 @@ class Files:
         return path
 
 
-def _pending() -> bytes:
-    (announcement, _), (offer, _), (report,) = MESSAGES[Announcement], MESSAGES[Offer], MESSAGES[Report]
+class NoEngine:
+    """Whose state is three bytes."""
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(b"123")
+
+    def resume(self, path: Path) -> None:
+        assert path.read_bytes() == b"123"
+
+
+def _work() -> pending.Work:
+    announcement, offer = MESSAGES[Announcement][0], MESSAGES[Offer][0]
     assert isinstance(announcement, Announcement)
     assert isinstance(offer, Offer)
+    return pending.Work.of(announcement, "data", offer)
+
+
+def _pending() -> bytes:
+    (report,) = MESSAGES[Report]
     assert isinstance(report, Report)
-    work = pending.Work.of(announcement, "data", offer)
-    return msgspec.msgpack.encode(pending.Pending(work, report))
+    return msgspec.msgpack.encode(pending.Pending(_work(), report))
+
+
+def _part(index: int) -> tuple[int, bytes]:
+    """Offset and data of a chunk of the blob."""
+    offset, length = extent(BLOB, index, CHUNK_BYTES)
+    return offset, CONTENT[offset : offset + length]
+
+
+def _partial() -> bytes:
+    """Chunks 0 and 2 have come."""
+    whole = bytearray(CONTENT) + b"\1\0\1\0"
+    for index in (1, 3):
+        offset, data = _part(index)
+        whole[offset : offset + len(data)] = bytes(len(data))
+    return bytes(whole)
+
+
+def _certificates() -> tuple[bytes, bytes]:
+    """A client's certificate, and a list that revokes it; in PEM."""
+    with tempfile.TemporaryDirectory() as folder:
+        now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+        ca = Ca(Path(folder))
+        issued = ca.issue(new_key(), "client", "ann", (), now)
+        ca.revoke([issued], now)
+        return issued.certificate.public_bytes(Encoding.PEM), ca.crl.read_bytes()
 
 
 def _image(name: str, mode: str) -> bytes:
@@ -375,6 +466,15 @@ def targets() -> dict[str, Target]:
         content = tuple(compress(arrays, kind, seed) for seed in seeds)
         found[f"change_{kind}"] = Target(inflated, content, max_compressed_bytes(SHAPES, kind) + 1)
     found["pending"] = Target(files.pending, (_pending(),), 4 << 10, tree=msgspec.msgpack)
+    checkpoint = files.seed_of_checkpoint()
+    found["checkpoint"] = Target(files.checkpoint, (checkpoint,), 4 << 10, tree=msgspec.msgpack)
+    found["partial"] = Target(files.partial, (_partial(),), 8 << 10)
+    found["owner"] = Target(files.owner, (public_pem(KEY_OF_OWNER.public_key()),), 1 << 10)
+    found["owner_key"] = Target(files.owner_key, (key_pem(KEY_OF_OWNER),), 1 << 10)
+    found["signature"] = Target(files.signature, (SIGNATURE,), SIGNATURE_BYTES + 1)
+    certificate, revoked = _certificates()
+    found["certificate"] = Target(files.certificate, (certificate,), 4 << 10)
+    found["revoked"] = Target(files.revoked, (revoked,), 4 << 10)
     found["rows"] = Target(files.rows, (files.seed_of_rows(),), 1 << 10)
     found["books"] = Target(files.books, (files.seed_of_books(),), 64 << 10)
     found["table"] = Target(files.table, (table, b"\xef\xbb\xbf" + table), 16 << 10)
@@ -382,7 +482,8 @@ def targets() -> dict[str, Target]:
         _image(name, mode)
         for name, mode in (("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "RGB"), ("GIF", "L"), ("WEBP", "RGB"))
     )
-    found["image"] = Target(files.image, images, 16 << 10, rss_mb=1600)
+    pixels = (Image.MAX_IMAGE_PIXELS or 0) >> 20
+    found["image"] = Target(files.image, images, 16 << 10, rss_mb=BASE_MB + 13 * pixels)  # inputs/image.py
     address = (b"mqtt://ann:secret@pi:1883?version=5", b"mqtts://[::1]")
     found["address"] = Target(lambda content: Broker.parse(content.decode(errors="replace")), address, 200)
     return found
