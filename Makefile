@@ -1,5 +1,7 @@
 # make demo: the main job on this machine. make test: the tests. Both set up .venv first.
 # make pi-check: a client in an emulated Raspberry Pi's userland (docs/devices.md); needs root and Debian.
+# make fuzz: every decoder under a fuzzer, MINUTES=10 in all. make kills: a run with KILLS=50, beside one without.
+# make soak: such runs behind bad links for MINUTES=60; needs mosquitto, as make kills does.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +10,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.10; do \
   $$name -c "$(SUPPORTED)" 2>/dev/null && echo $$name && break; done)
 
-.PHONY: demo test check pi-check clean
+.PHONY: demo test check pi-check fuzz kills soak clean
 
 demo: $(VENV)/ready
 	$(BIN)/lamina run
@@ -24,6 +26,16 @@ check: $(VENV)/ready
 
 pi-check: $(VENV)/ready
 	$(BIN)/python tests/pi/check.py
+
+fuzz: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable ".[fuzz]"
+	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10)
+
+kills: $(VENV)/ready
+	$(BIN)/python tests/faults/kills.py --kills $(or $(KILLS),50) --seed $(or $(SEED),0)
+
+soak: $(VENV)/ready
+	$(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),60)
 
 $(VENV)/ready: pyproject.toml
 	@$(or $(PYTHON),false) -c "$(SUPPORTED)" || { \

@@ -50,12 +50,23 @@ class Clients:
         return sorted(self._present)
 
 
-def select(available: Iterable[str], fraction_train: float, seed: int, key: RoundKey) -> tuple[str, ...]:
-    """A round's cohort: `ceil(fraction_train * available)` names, sorted.
+def select(
+    available: Iterable[str], fraction_train: float, seed: int, key: RoundKey, over_selection: float = 0.0
+) -> tuple[str, ...]:
+    """A round's cohort, sorted: as many as are `wanted`, and of these the share `over_selection` more.
 
     The draw depends on nothing but the names, the seed and the round.
     """
     names = sorted(set(available))
-    count = min(len(names), math.ceil(fraction_train * len(names) - 1e-9))
+    count = _share(wanted(len(names), fraction_train), 1 + over_selection)
     draw = random.Random(f"{seed}/{key.stage}/{key.round}")
-    return tuple(sorted(draw.sample(names, max(count, 1)))) if names else ()
+    return tuple(sorted(draw.sample(names, min(count, len(names)))))
+
+
+def wanted(available: int, fraction_train: float) -> int:
+    """How many updates a round waits for, of so many clients: `ceil(fraction_train * available)`."""
+    return max(min(available, 1), _share(available, fraction_train))
+
+
+def _share(number: int, share: float) -> int:
+    return math.ceil(share * number - 1e-9)

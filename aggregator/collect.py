@@ -1,26 +1,33 @@
 """One round's updates: every report is answered, every update checked before it counts.
 
 Rules: a report is accepted once, or refused by name. What is refused is told to the client and counted,
-never silently dropped. The same report again gets the same answer. Only whole, finite tensors of the
-stage's trained groups come as far as the average.
+never silently dropped. The same report again gets the same answer, also after its round. Only whole, finite
+tensors of the stage's trained groups come as far as the average.
 
-Next: `aggregator/combine.py`, which averages what was accepted.
+An update is named by its client and the round it was trained for. That is this round, or, as far as the
+plan's `max_staleness` goes, an earlier one of the stage (FedBuff, Nguyen et al., arXiv 2106.06639).
+
+Next: `aggregator/combine.py`, which averages what was accepted; `aggregator/run.py`, the caller.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from enum import Enum, auto
 from pathlib import Path
+from typing import Protocol
 
-from aggregator.combine import Update
+from aggregator.combine import Update, norm
 from wire.compression import decompress_file, max_compressed_bytes
 from wire.errors import PeerError, Refusal, Silent
 from wire.manifest import BlobRef, Manifest
-from wire.messages import Offer, Report
+from wire.messages import Offer, Report, RoundKey
 
 Fetch = Callable[[str, BlobRef], Awaitable[Path]]
+Sender = tuple[str, int]
+"""A client and the number of the round it has trained for."""
 
 
 class Refused(PeerError):
@@ -31,59 +38,104 @@ class Refused(PeerError):
         self.reason = reason
 
 
-class Collection:
-    """The updates of one offer, by client. fetch: (client, blob) -> the update's file."""
+class Taken(Enum):
+    """What became of a report that was not refused."""
 
-    def __init__(self, manifest: Manifest, offer: Offer, fetch: Fetch) -> None:
+    COUNTS = auto()  # from now on
+    COUNTED = auto()  # before: it comes once more
+    COMING = auto()  # its update is being fetched
+
+
+class Past(Protocol):
+    """What is known of earlier rounds, for reports that come late: `aggregator.books.Books`."""
+
+    def cohort(self, key: RoundKey) -> tuple[str, ...]:
+        """Who was asked in a round that is over; nobody, if there was none."""
+        ...
+
+    def counted(self, client: str, key: RoundKey) -> BlobRef | None:
+        """The client's update for a round, if it has counted."""
+        ...
+
+
+class Collection:
+    """The updates of one offer. fetch: (client, blob) -> the update's file.
+
+    goal: so many updates complete it; in any case an answer to every client of the cohort does.
+    before: what was accepted before a restart, and its files.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        offer: Offer,
+        fetch: Fetch,
+        past: Past,
+        goal: int | None = None,
+        before: Mapping[Sender, tuple[Report, Path]] | None = None,
+    ) -> None:
         self.offer = offer
-        self.accepted: dict[str, Report] = {}
+        self.accepted: dict[Sender, Report] = {}
+        self.norms: dict[Sender, float] = {}  # L2, of those accepted since the start
         self._manifest = manifest
         self._fetch = fetch
-        self._fetching: dict[str, BlobRef] = {}
-        self._fetches: dict[str, asyncio.Future[Path]] = {}
-        self._files: dict[str, Path] = {}
+        self._goal = goal
+        self._past = past
+        self._fetching: dict[Sender, BlobRef] = {}
+        self._fetches: dict[Sender, asyncio.Future[Path]] = {}
+        self._files: dict[Sender, Path] = {}
         self._refused: set[str] = set()
         self._open = True
-        self._answered = asyncio.Event()
+        self._complete = asyncio.Event()
+        for sender, (report, path) in (before or {}).items():
+            self.accepted[sender], self._files[sender] = report, path
+        self._look()
 
-    async def take(self, client: str, report: Report) -> bool:
-        """Check a report and fetch its update. True if it counts from now on, False if it did before.
+    async def take(self, client: str, report: Report) -> Taken:
+        """Check a report and fetch its update.
 
-        Raises `PeerError` for a report that is refused.
+        Raises `PeerError` for a report that is refused, `Silent` for one that has to come again.
         """
+        sender = client, report.key.round
         try:
-            if self._known(client, report):
-                return False
-            await self._accept(client, report)
+            if (known := self._known(sender, report)) is not None:
+                return known
+            await self._accept(sender, report)
         except PeerError as error:
-            if self._is_answer(client, report, error):
+            if self._is_answer(sender, report, error):
                 self._refused.add(client)
             raise
         finally:
-            if set(self.offer.cohort) <= self.accepted.keys() | self._refused:
-                self._answered.set()
-        return True
+            self._look()
+        return Taken.COUNTS
 
-    def again(self, offer: Offer) -> None:
+    def again(self, offer: Offer, goal: int | None = None) -> None:
         """The round is offered once more; what was accepted stays, who was refused may try again."""
-        self.offer = offer
+        self.offer, self._goal = offer, goal
         self._refused.clear()
-        self._answered.clear()
+        self._complete.clear()
+        self._look()
 
-    def close(self) -> None:
-        """From now on every report is late; uploads that are under way make room for the next round's."""
+    def close(self) -> set[BlobRef]:
+        """From now on every report is late; what was being uploaded makes room for the next round's."""
         self._open = False
         for fetch in self._fetches.values():
             fetch.cancel()
+        return set(self._fetching.values())
 
-    async def until_answered(self) -> bool:
-        """True, once every client of the cohort has been accepted or refused."""
-        return await self._answered.wait()
+    async def until_complete(self) -> bool:
+        """True, once as many are accepted as were wanted, or all of the cohort have been answered."""
+        return await self._complete.wait()
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Clients with an accepted update, sorted."""
+        return tuple(sorted({client for client, _ in self.accepted}))
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Clients of the cohort without an accepted update."""
-        return tuple(client for client in self.offer.cohort if client not in self.accepted)
+        return tuple(sorted(set(self.offer.cohort) - set(self.clients)))
 
     @property
     def loss(self) -> float:
@@ -92,36 +144,60 @@ class Collection:
         return sum(report.loss * (report.num_examples / weight) for report in self.accepted.values())
 
     def updates(self) -> Iterator[Update]:
-        """What was accepted, sorted by client, read from disk one at a time."""
-        for client, report in sorted(self.accepted.items()):
+        """What was accepted, sorted by client and round, read from disk one at a time."""
+        for sender, report in sorted(self.accepted.items(), key=lambda item: item[0]):
             shapes = self._manifest.shapes_of(report.groups)
-            delta = decompress_file(self._files[client], shapes, self.offer.plan.compression)
-            yield Update(client, delta, report.num_examples)
+            delta = decompress_file(self._files[sender], shapes, self.offer.plan.compression)
+            yield Update(sender[0], delta, report.num_examples, self.staleness(report.key))
 
-    def _is_answer(self, client: str, report: Report, error: PeerError) -> bool:
+    def staleness(self, key: RoundKey) -> int:
+        """How many rounds ago an update's round was this one."""
+        return self.offer.key.round - key.round
+
+    def _look(self) -> None:
+        ours = {client for client, number in self.accepted if number == self.offer.key.round}
+        enough = self._goal is not None and len(self.accepted) >= self._goal
+        if enough or set(self.offer.cohort) <= ours | self._refused:
+            self._complete.set()
+
+    def _is_answer(self, sender: Sender, report: Report, error: PeerError) -> bool:
         """Whether the client, whose report raised `error`, has had its say in this round."""
-        settled = client in self.accepted or client in self._fetching
+        settled = sender in self.accepted or sender in self._fetching
         return report.key == self.offer.key and not settled and not isinstance(error, Silent)
 
-    def _known(self, client: str, report: Report) -> bool:
-        """Whether this very report has been accepted or is being fetched. Raises `Refused`."""
-        ours = self.offer.key
-        if report.key < ours or (report.key == ours and not self._open and client not in self.accepted):
-            raise Refused("late", f"{report.key} is over")
-        if report.key.stage != ours.stage:
+    def _known(self, sender: Sender, report: Report) -> Taken | None:
+        """What has become of this very report, None if it is new. Raises `PeerError`."""
+        client, ours = sender[0], self.offer.key
+        if report.key.stage > ours.stage:
             raise Refused("wrong_stage", f"{report.key} has not begun, this is {ours}")
-        if report.key != ours:
+        if report.key > ours:
             raise Refused("wrong_round", f"{report.key} has not begun, this is {ours}")
-        if client not in self.offer.cohort:
-            raise Refused("not_selected", f"{client} is not in the cohort of {ours}")
-        known = self._fetching.get(client)
-        if client in self.accepted:
-            known = self.accepted[client].update
-        if known is not None and known != report.update:
-            raise Refused("duplicate", f"another update of {client} for {ours} came before")
-        return known is not None
+        is_here = report.key.stage == ours.stage
+        for taken, known in (
+            (Taken.COUNTED, self.accepted[sender].update if is_here and sender in self.accepted else None),
+            (Taken.COMING, self._fetching.get(sender) if is_here and self._open else None),
+            (Taken.COUNTED, self._past.counted(client, report.key) if report.key < ours else None),
+        ):
+            if known is not None and known != report.update:
+                raise Refused("duplicate", f"another update of {client} for {report.key} came before")
+            if known is not None:
+                return taken
+        if not is_here or self.staleness(report.key) > self.offer.plan.max_staleness:
+            raise Refused("late", f"{report.key} is over")
+        if not self._open:
+            raise self._closed(report)
+        asked = self.offer.cohort if report.key == ours else self._past.cohort(report.key)
+        if client not in asked:
+            raise Refused("not_selected", f"{client} is not in the cohort of {report.key}")
+        return None
 
-    async def _accept(self, client: str, report: Report) -> None:
+    def _closed(self, report: Report) -> PeerError:
+        """For who comes while the round is combined: too late, or early for a round that takes it late."""
+        if self.offer.plan.max_staleness:
+            return Silent("the round is being combined, and the next one takes late updates")
+        return Refused("late", f"{report.key} is over")
+
+    async def _accept(self, sender: Sender, report: Report) -> None:
         if report.num_examples < 1:
             raise Refused("zero_examples", f"an update over {report.num_examples} examples has no weight")
         if not math.isfinite(report.loss):
@@ -135,19 +211,20 @@ class Collection:
         compression = self.offer.plan.compression
         if report.update.size_bytes > (limit := max_compressed_bytes(shapes, compression)):
             raise Refused("too_large", f"{report.update.size_bytes} bytes, at most {limit} expected")
+        client = sender[0]
         self._refused.discard(client)  # its last word is this one
-        self._fetching[client] = report.update
-        fetch = self._fetches[client] = asyncio.ensure_future(self._fetch(client, report.update))
+        self._fetching[sender] = report.update
+        fetch = self._fetches[sender] = asyncio.ensure_future(self._fetch(client, report.update))
         try:
             path = await fetch
-            decompress_file(path, shapes, compression)
+            length = norm(decompress_file(path, shapes, compression))
         except asyncio.CancelledError:
             if self._open:
                 raise
         finally:
-            del self._fetching[client], self._fetches[client]
+            del self._fetching[sender], self._fetches[sender]
             fetch.cancel()
         if not self._open:
-            raise Refused("late", f"{report.key} was closed while the update came in")
-        self._files[client] = path
-        self.accepted[client] = report
+            raise self._closed(report)
+        self._files[sender], self.norms[sender] = path, length
+        self.accepted[sender] = report

@@ -50,13 +50,15 @@ class RoundOpened(msgspec.Struct, frozen=True, tag=True):
 
 
 class UpdateAccepted(msgspec.Struct, frozen=True, tag=True):
-    """It takes part in the average."""
+    """It takes part, `staleness` rounds after the one it was trained for. norm: L2, of all its values."""
 
     key: RoundKey
     client: str
     num_examples: int
     loss: float
     size_bytes: int
+    staleness: int = 0
+    norm: float = 0.0
 
 
 class UpdateRefused(msgspec.Struct, frozen=True, tag=True):

@@ -103,10 +103,18 @@ class Link:
             await self._connection.publish(topics.down(self.run, client, "want"), encode(want))
 
         async with self._uploads:
-            return await self._exchange.fetch(ref, grant, client, SILENCE_S)
+            path = await self._exchange.fetch(ref, grant, client, SILENCE_S)
+        fields = {"client": client, "sha256": ref.sha256, "bytes": ref.size_bytes}
+        log.debug("fetched an update of %s", client, extra=fields)
+        return path
 
     async def receipt(self, client: str, receipt: Receipt) -> None:
         """Answer a report."""
+        fields = {"client": client, "stage": receipt.key.stage, "round": receipt.key.round}
+        answer = receipt.refusal or "accepted"
+        log.debug(
+            "%s: telling %s: %s", receipt.key, client, answer, extra=fields | {"refusal": receipt.refusal}
+        )
         await self._connection.publish(topics.down(self.run, client, "receipt"), encode(receipt))
 
     def _chunk_topic(self, ref: BlobRef, peers: frozenset[str]) -> str:
@@ -137,7 +145,8 @@ class Link:
             try:
                 await self._take(packet)
             except PeerError as error:
-                log.warning("ignored a message on %r: %s", packet.topic[:200], error)
+                topic = packet.topic[:200]
+                log.warning("ignored a message on %r: %s", topic, error, extra={"topic": topic})
 
     async def _take(self, packet: Packet) -> None:
         client, kind = topics.client_of(packet.topic), topics.kind_of(packet.topic)

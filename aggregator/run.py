@@ -1,8 +1,9 @@
 """The aggregator's whole story: for each stage and round cohort, offer, collect, combine, checkpoint.
 
-Rules: a round ends when all of its cohort have been answered, or at its deadline with those that have; with
-fewer than `min_updates` it is offered once more. A round counts once its checkpoint is on disk: killed at
-any instant, the run goes on with the round after the last one that counts.
+Rules: a round ends when as many updates are in as are wanted or all of its cohort have been answered, or at
+its deadline with those that have; with fewer than `min_updates` it is offered once more. Its offer, each
+update that it accepts and its result are on disk before anyone is told: killed at any instant, the run goes
+on in the same round with what it has accepted.
 
 `ServerExecutes` of McMahan et al., arXiv 1602.05629, over the stages of LW-FedMML, arXiv 2407.15426.
 Next: `aggregator/collect.py` (updates), `aggregator/combine.py`, `aggregator/state.py` (parameters).
@@ -20,9 +21,9 @@ from pathlib import Path
 import msgspec
 
 from aggregator.books import Books, RunRecord
-from aggregator.cohort import Clients, select
-from aggregator.collect import Collection
-from aggregator.combine import fedavg
+from aggregator.cohort import Clients, select, wanted
+from aggregator.collect import Collection, Taken
+from aggregator.combine import combine
 from aggregator.events import (
     RoundClosed,
     RoundOpened,
@@ -58,6 +59,7 @@ class Settings:
     """name: of the run. bundle: the exported folder. folder: where the run keeps its books and blobs.
 
     evaluate: None without a hold-out. resume: go on with the run whose books are in `folder`.
+    signature: the owner's, of the bundle's manifest, for clients to check.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Settings:
     chunk_bytes: int
     evaluate: Evaluate | None = None
     resume: bool = False
+    signature: bytes | None = None
 
 
 async def conduct(broker: Broker, settings: Settings, books: Books, tell: Tell) -> Arrays:
@@ -126,16 +129,14 @@ class Run:
         self.answers = Tasks()
         self._store = Store(settings.folder / "blobs")
         self._updates = Store(settings.folder / "updates")  # clients', so apart from what we count on
-        self._updates.clear()
-        self._state = State(
-            settings.bundle, manifest, self._store, self._plan.compression, self._plan.prefix_compression
-        )
+        self._state = State(settings.bundle, manifest, self._store, self._plan)
         announcement = Announcement(
             run=record.name,
             manifest=BlobRef.of(manifest_content),
             started_s=record.started_s,
             heartbeat_s=self._plan.heartbeat_s,
             chunk_bytes=settings.chunk_bytes,
+            signature=settings.signature,
         )
         self.link = Link(
             connection,
@@ -153,6 +154,9 @@ class Run:
     async def stages(self) -> Arrays:
         """Go through every stage; the final parameters."""
         last = self._state.resume(self._books)
+        opened = self._books.opened()
+        accepted = self._books.accepted(opened[0].key) if opened else []
+        self._updates.keep({report.update for _, report in accepted})
         self._tell_opened(last)
         for stage in range(self._state.stage, len(self._manifest.stages)):
             if stage > self._state.stage:
@@ -172,38 +176,45 @@ class Run:
         collection = await self._open(key)
         await self._collect(collection)
         self._machine.move(Event.CLOSE)
-        collection.close()
-        values = await asyncio.to_thread(fedavg, self._state.trainable(), collection.updates())
-        replaced = self._state.update(values, [self._plan.seed, key.stage, key.round])
+        broken_off = collection.close()
+        delta = await asyncio.to_thread(
+            combine, self._plan, self._state.shapes, collection.updates(), self._settings.folder
+        )
+        replaced = self._state.update(delta, [self._plan.seed, key.stage, key.round])
         metrics = await self._evaluate(key.stage)
         seconds = time.monotonic() - begin
-        change = self._state.change.change if self._state.change else None
-        self._books.checkpoint(key, self._state.parameters, change, collection.loss, metrics, seconds)
+        cohort, loss = collection.offer.cohort, collection.loss
+        self._books.checkpoint(key, self._state.checkpoint(), cohort, loss, metrics, seconds)
         self._machine.move(Event.CHECKPOINT)
-        self._tell(
-            RoundClosed(
-                key,
-                tuple(sorted(collection.accepted)),
-                collection.missing,
-                collection.loss,
-                metrics,
-                seconds,
-            )
-        )
+        self._tell(RoundClosed(key, collection.clients, collection.missing, loss, metrics, seconds))
         for ref in replaced:
             self.link.withdraw_file(ref)
             self._store.remove(ref)
-        self._updates.clear()
+        self._updates.keep(broken_off)
 
     async def _open(self, key: RoundKey) -> Collection:
-        available = await self.link.until_available(self._plan.min_available_clients)
-        cohort = select(available, self._plan.fraction_train, self._plan.seed, key)
-        offer = self._offer(key, cohort)
-        self._collection = collection = Collection(self._manifest, offer, self.link.fetch)
+        """A new round, or the one that was open when we were killed, with what was accepted."""
+        opened = self._books.opened()
+        if opened is None:
+            available = await self.link.until_available(self._plan.min_available_clients)
+            offer, goal = self._offer(key, self._select(available, key)), self._goal(available)
+            self._books.open(offer, goal)
+        else:
+            offer, goal = opened
+        before = {}
+        for client, report in self._books.accepted(key):
+            if self._updates.has(report.update):
+                before[client, report.key.round] = report, self._updates.path(report.update)
+            else:
+                log.warning("%s: the update of %s is lost or damaged", key, client)
+                self._books.drop(client, report.key)
+        self._collection = collection = Collection(
+            self._manifest, offer, self.link.fetch, self._books, goal, before
+        )
         for ref in (offer.parameters, *([offer.change.change] if offer.change else [])):
             self.link.serve_file(ref, self._store.path(ref))
         self._machine.move(Event.OFFER)
-        self._tell(RoundOpened(key, cohort))
+        self._tell(RoundOpened(key, offer.cohort))
         await self.link.offer(offer)
         return collection
 
@@ -213,22 +224,35 @@ class Run:
         clock = asyncio.get_running_loop().time
         while True:
             end_s = clock() + deadline_s
-            if not await within(deadline_s, collection.until_answered()):
+            if not await within(deadline_s, collection.until_complete()):
                 log.info("%s: the deadline is there, %s are missing", key, ", ".join(collection.missing))
             if len(collection.accepted) >= self._plan.min_updates:
                 return
             # Not before its time, even if all have been refused: they would send the same again.
             await asyncio.sleep(max(0.0, end_s - clock()))
+            self._machine.move(Event.DEADLINE)
             available = await self.link.until_available(self._plan.min_available_clients)
             if len(collection.accepted) >= self._plan.min_updates:
                 return
-            chosen = select(available, self._plan.fraction_train, self._plan.seed, key)
             still_training = set(collection.offer.cohort) & set(available)
-            offer = self._offer(key, tuple(sorted({*chosen, *still_training, *collection.accepted})))
-            collection.again(offer)
+            cohort = {*self._select(available, key), *still_training, *collection.clients}
+            offer = self._offer(key, tuple(sorted(cohort)))
+            goal = self._goal(available)
+            self._books.open(offer, goal)
+            collection.again(offer, goal)
             self._machine.move(Event.EXTEND)
             self._tell(RoundOpened(key, offer.cohort, extended=True))
             await self.link.offer(offer)
+
+    def _select(self, available: list[str], key: RoundKey) -> tuple[str, ...]:
+        plan = self._plan
+        return select(available, plan.fraction_train, plan.seed, key, plan.over_selection)
+
+    def _goal(self, available: list[str]) -> int | None:
+        """As in `Collection`."""
+        if self._plan.buffer_size:
+            return self._plan.buffer_size
+        return wanted(len(available), self._plan.fraction_train) if self._plan.over_selection else None
 
     def _offer(self, key: RoundKey, cohort: tuple[str, ...]) -> Offer:
         return Offer(
@@ -258,25 +282,32 @@ class Run:
         if collection is None:  # no round is open yet: the client will say it again
             return
         try:
-            counts = await collection.take(client, report)
+            taken = await collection.take(client, report)
         except Silent as error:
-            log.warning("%s: %s", report.key, error)
+            log.warning("%s of %s: %s", report.key, client, error)
             return
         except PeerError as error:
-            self._books.refuse(client, report.key, error.reason, str(error))
+            self._books.refuse(client, collection.offer.key, error.reason, str(error))
             self._tell(UpdateRefused(report.key, client, error.reason, str(error)))
             await self.link.receipt(client, Receipt(report.key, error.reason, str(error)))
             return
-        if counts:
+        if taken is Taken.COUNTS:
             raw = raw_bytes(self._manifest.shapes_of(report.groups))
-            self._books.accept(client, report, raw)
+            norm = collection.norms[client, report.key.round]
+            self._books.accept(client, report, raw, norm, collection.offer.key.round)
             self._machine.move(Event.UPDATE)
             self._tell(
                 UpdateAccepted(
-                    report.key, client, report.num_examples, report.loss, report.update.size_bytes
+                    key=report.key,
+                    client=client,
+                    num_examples=report.num_examples,
+                    loss=report.loss,
+                    size_bytes=report.update.size_bytes,
+                    staleness=collection.staleness(report.key),
+                    norm=norm,
                 )
             )
-        if client in collection.accepted:
+        if taken is not Taken.COMING:
             await self.link.receipt(client, Receipt(report.key))
 
     def _take_usage(self, client: str, usage: Usage) -> None:
@@ -288,7 +319,7 @@ class Run:
         """Clients tell what the last round has cost only after their receipt."""
         if self._collection is None:
             return
-        key, expected = self._collection.offer.key, self._collection.accepted.keys()
+        key, expected = self._collection.offer.key, set(self._collection.clients)
         clock = asyncio.get_running_loop().time
         end_s = clock() + USAGE_WAIT_S
         while not expected <= self._books.clients_told(key):

@@ -10,19 +10,24 @@ Next: `aggregator/run.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from aggregator.books import Books
-from wire.compression import Seed, added, compress, decompress
-from wire.errors import LocalError, UserError
+from aggregator.books import Books, Checkpoint
+from aggregator.plan import RunPlan
+from aggregator.server_optimizer import ServerOptimizer
+from wire.compression import Seed, Shapes, added, compress, decompress
+from wire.errors import UserError
 from wire.manifest import BlobRef, Manifest
-from wire.messages import Change, Compression, RoundKey
+from wire.messages import Change, RoundKey
 from wire.stages import advance
 from wire.store import Store
 from wire.tensors import Array, Arrays, pack, unpack_file
+
+log = logging.getLogger(__name__)
 
 
 class State:
@@ -32,16 +37,8 @@ class State:
     change: how the last round's parameters became what they are, if that was compressed.
     """
 
-    def __init__(
-        self,
-        bundle: Path,
-        manifest: Manifest,
-        store: Store,
-        compression: Compression = "none",
-        prefix_compression: Compression = "none",
-    ) -> None:
-        self._compression = compression
-        self._prefix_compression = prefix_compression
+    def __init__(self, bundle: Path, manifest: Manifest, store: Store, plan: RunPlan) -> None:
+        self._plan = plan
         self._manifest = manifest
         self._store = store
         everything = {name: parameter.shape for name, parameter in manifest.parameters.items()}
@@ -54,6 +51,8 @@ class State:
         self.change: Change | None = None
         self.parameters = self._put(manifest.stages[0].trainable)
         """The stage's trainable groups as they are now, in the store."""
+        self._optimizer = ServerOptimizer(plan, self.shapes)
+        self._moments: BlobRef | None = None
 
     def resume(self, books: Books) -> RoundKey | None:
         """Go to where the books end. The last round that is done, None for none."""
@@ -69,46 +68,65 @@ class State:
             last = max(rounds)
             self._load(done[last])
             ends.add(self.parameters)
-        self._store.keep({*ends, *self.frozen, self.parameters})  # a killed process left what it was at
+        self._store.keep({*ends, *self.frozen, *self._blobs()})  # a killed process left what it was at
         return last
+
+    def checkpoint(self) -> Checkpoint:
+        """What `resume` needs of this round."""
+        return Checkpoint(self.parameters, self.change, self._moments)
 
     def next_stage(self) -> None:
         """Freeze what the next stage does not train, and attach the next blocks, warm where so planned."""
-        frozen = advance(self._manifest, self.stage, self.values, self._prefix_compression)
+        frozen = advance(self._manifest, self.stage, self.values, self._plan.prefix_compression)
         self.frozen = (*self.frozen, self._store.put(frozen))
         self.stage += 1
         self.parameters = self._put(self._trainable)
+        self._optimizer, self._moments = ServerOptimizer(self._plan, self.shapes), None
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of what the stage trains."""
+        return self._manifest.shapes_of(self._trainable)
 
     def trainable(self) -> Arrays:
         """The stage's trainable groups: torch name -> float32."""
         return {name: self.values[name] for name in self._manifest.names_of(self._trainable)}
 
-    def update(self, values: Mapping[str, Array], seed: Seed) -> set[BlobRef]:
-        """Take a round's result into the store. The blobs it replaces, to be removed after the checkpoint.
+    def update(self, delta: Mapping[str, Array], seed: Seed) -> set[BlobRef]:
+        """Take a round's combined update into the store. The blobs it replaces, to be removed after the
+        checkpoint.
 
-        seed: of the rounding of a compressed change.
+        seed: of the rounding of a compressed change. Where it would leave float32, nothing changes.
         """
-        before = self._blobs()
-        if self._compression == "none":
+        before, now, moments = self._blobs(), self.trainable(), self._optimizer.state()
+        values = self._optimizer.step(now, delta)
+        with np.errstate(over="ignore", invalid="ignore"):
+            change = {name: values[name] - value for name, value in now.items()}
+        new = values | change | self._optimizer.state()
+        if bad := [name for name, value in new.items() if not np.isfinite(value).all()]:
+            log.warning(
+                "the updates together lead beyond float32 in %s: this round changes nothing", bad[0]
+            )
+            values, change = now, {name: np.zeros_like(value) for name, value in now.items()}
+            self._optimizer.load(moments)
+        if moments:
+            self._moments = self._store.put(pack(self._optimizer.state()))
+        if self._plan.compression == "none":
             self.values.update(values)
             self.parameters = self._put(self._trainable)
         else:
-            self._change(values, seed)
+            self._change(now, change, seed)
         return before - self._blobs()
 
-    def _change(self, values: Mapping[str, Array], seed: Seed) -> None:
-        now = self.trainable()
-        change = {name: values[name] - now[name] for name in now}
-        if bad := [name for name, value in change.items() if not np.isfinite(value).all()]:
-            raise LocalError(f"the updates together change {bad[0]} by more than float32 holds")
-        content = compress(change, self._compression, seed)
-        shapes = self._manifest.shapes_of(self._trainable)
-        self.values.update(added(now, decompress(content, shapes, self._compression)))
+    def _change(self, now: Arrays, change: Arrays, seed: Seed) -> None:
+        content = compress(change, self._plan.compression, seed)
+        self.values.update(added(now, decompress(content, self.shapes, self._plan.compression)))
         base, self.parameters = self.parameters, self._put(self._trainable)
         self.change = Change(base, self._store.put(content), self.parameters)
 
     def _blobs(self) -> set[BlobRef]:
-        return {self.parameters, *([self.change.change] if self.change else [])}
+        change = self.change.change if self.change else None
+        return {blob for blob in (self.parameters, change, self._moments) if blob is not None}
 
     @property
     def _trainable(self) -> tuple[str, ...]:
@@ -117,10 +135,17 @@ class State:
     def _put(self, groups: tuple[str, ...]) -> BlobRef:
         return self._store.put(pack({name: self.values[name] for name in self._manifest.names_of(groups)}))
 
-    def _load(self, ref: BlobRef) -> None:
+    def _load(self, checkpoint: Checkpoint) -> None:
+        ref = checkpoint.parameters
         if not self._store.has(ref):
             raise UserError(
                 f"{self._store.path(ref)} is missing or damaged", "the run cannot go on: start it anew"
             )
-        self.values.update(unpack_file(self._store.path(ref), self._manifest.shapes_of(self._trainable)))
-        self.parameters = ref
+        self.values.update(unpack_file(self._store.path(ref), self.shapes))
+        change = checkpoint.change  # only a short cut: without it clients fetch the parameters whole
+        self.parameters, self.change = ref, change if change and self._store.has(change.change) else None
+        self._moments = moments = checkpoint.moments
+        if moments is not None and self._store.has(moments):
+            self._optimizer.load(unpack_file(self._store.path(moments), self._optimizer.shapes))
+        elif moments is not None:
+            log.warning("the server optimizer's moments are missing or damaged: it begins anew")

@@ -6,6 +6,7 @@ runs; it is then fetched and computed again.
     FOLDER/blobs     the bundle's files and parameters, by hash
     FOLDER/inputs    the examples, read once
     FOLDER/features  what the frozen prefix makes of them
+    FOLDER/training  how far the training of an offer has come
     FOLDER/pending   the last update and its report
 
 Next: `edge_client/session.py`.
@@ -23,7 +24,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wire.files import PARTIAL
 from wire.lock import locked
+from wire.signature import Owner
 from wire.store import Store
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -38,6 +41,8 @@ class Device:
     columns: a modality's name -> what the table calls it, where that differs.
     feature_dtype: of the features on disk. max_feature_bytes: the most that they may take there, None for
         what is free.
+    checkpoint_s: seconds of training between two checkpoints.
+    owner: whose signed bundles the client runs; None: any.
     """
 
     name: str
@@ -48,11 +53,15 @@ class Device:
     columns: Mapping[str, str] = field(default_factory=dict)
     feature_dtype: str = "float16"
     max_feature_bytes: int | None = None
+    checkpoint_s: float = 60.0
+    owner: Owner | None = None
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
         """The blobs, while no other process may use the folder. Raises `UserError` if one does."""
         with locked(self.folder, "stop it, or give this one its own --dir and --name"):
+            for left in self.folder.glob(f"*{PARTIAL}"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             yield Store(self.folder / "blobs")
 
 

@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edge_client.gate import Gate
 from wire import topics
-from wire.errors import PeerError, TooLarge
+from wire.errors import PeerError, TooLarge, TransportError
 from wire.exchange import Exchange
 from wire.manifest import MAX_MANIFEST_BYTES, BlobRef, Manifest, decode_manifest
 from wire.messages import Announcement, Bye, Hello, Offer, Receipt, Report, Usage, Want, decode, encode
@@ -34,9 +35,20 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-async def find_run(broker: Broker, client: str, run: str | None = None) -> Announcement:
-    """The newest open run on the broker, or the one called `run`; waits until there is one."""
-    async with Connection(broker, f"lamina-find-{client}") as connection:
+async def find_run(
+    broker: Broker,
+    client: str,
+    run: str | None = None,
+    gate: Gate | None = None,
+    *,
+    patient: bool = False,
+) -> Announcement:
+    """The newest open run on the broker, or the one called `run`; waits until there is one.
+
+    gate: which runs count; None: all. patient: as in `Connection`.
+    """
+    gate = gate or Gate()
+    async with Connection(broker, f"lamina-find-{client}", patient=patient) as connection:
         await connection.subscribe(topics.announcement(run or "+"))
         runs: dict[str, Announcement] = {}
         clock = asyncio.get_running_loop().time
@@ -44,19 +56,21 @@ async def find_run(broker: Broker, client: str, run: str | None = None) -> Annou
         while clock() < look_until_s or not runs:
             packet = await within(LOOK_AROUND_S, connection.packet())
             if packet is not None:
-                _note(runs, packet)
+                _note(runs, packet, gate)
             elif not runs and not told:
                 log.info("no run is open on %s yet, waiting for one", broker)
                 told = True
         return max(runs.values(), key=lambda announcement: announcement.started_s)
 
 
-def _note(runs: dict[str, Announcement], packet: Packet) -> None:
+def _note(runs: dict[str, Announcement], packet: Packet, gate: Gate) -> None:
     """Keep `runs` the open ones."""
     try:
         announcement = decode(packet.payload, Announcement)
     except PeerError as error:
         _ignored(packet, error)
+        return
+    if not gate.admits(announcement):
         return
     if announcement.open:
         runs[announcement.run] = announcement
@@ -65,19 +79,21 @@ def _note(runs: dict[str, Announcement], packet: Packet) -> None:
 
 
 def _ignored(packet: Packet, error: PeerError) -> None:
-    log.warning("ignored a message on %r: %s", packet.topic[:200], error)
+    topic = packet.topic[:200]
+    log.warning("ignored a message on %r: %s", topic, error, extra={"topic": topic})
 
 
 class Link:
     """A client's place in a run, within `Link.open`."""
 
     def __init__(
-        self, connection: Connection, announcement: Announcement, client: str, store: Store
+        self, connection: Connection, announcement: Announcement, client: str, store: Store, gate: Gate
     ) -> None:
         self.announcement = announcement
         self.client = client
         self._run = announcement.run
         self._connection = connection
+        self._gate = gate
         self._exchange = Exchange(
             connection, store, announcement.chunk_bytes, lambda _ref, _peers: self._up("chunk")
         )
@@ -91,19 +107,23 @@ class Link:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, broker: Broker, announcement: Announcement, client: str, store: Store
+        cls, broker: Broker, announcement: Announcement, client: str, store: Store, gate: Gate | None = None
     ) -> AsyncIterator[Link]:
-        """Connect. Raises `TransportError`. The broker says goodbye for us if we vanish."""
+        """Connect, for as long as it takes. The broker says goodbye for us if we vanish.
+
+        gate: which further announcements of the run count; None: all.
+        """
         run = announcement.run
         goodbye = topics.up(run, client, "bye"), encode(Bye())
-        async with Connection(broker, f"lamina-{run}-{client}", goodbye) as connection:
+        async with Connection(broker, f"lamina-{run}-{client}", goodbye, patient=True) as connection:
             await connection.subscribe(
                 topics.announcement(run), topics.offer(run), topics.down(run, client, "+")
             )
             try:
-                yield cls(connection, announcement, client, store)
+                yield cls(connection, announcement, client, store, gate or Gate())
             finally:
-                await within(GOODBYE_S, connection.publish(*goodbye))
+                with contextlib.suppress(TransportError):  # what ended the block says more
+                    await within(GOODBYE_S, connection.publish(*goodbye))
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -135,7 +155,10 @@ class Link:
         topic = topics.blob(self._run, ref.sha256)
         try:
             await self._connection.subscribe(topic)
-            return await self._exchange.fetch(ref, self._ask, silence_s=silence_s)
+            path = await self._exchange.fetch(ref, self._ask, silence_s=silence_s)
+            fields = {"run": self._run, "sha256": ref.sha256, "bytes": ref.size_bytes}
+            log.debug("have %s", ref.sha256[:16], extra=fields)
+            return path
         finally:
             self._connection.unsubscribe(topic)
 
@@ -149,12 +172,23 @@ class Link:
         """The result of `work`; None, and its cancellation, once the run is over."""
         return await self._unless(lambda: self._over, work)
 
-    async def unless_superseded(self, offer: Offer, work: Coroutine[Any, Any, T]) -> T | None:
+    async def unless_superseded(
+        self, offer: Offer, work: Coroutine[Any, Any, T], may_lag: Callable[[Offer], int]
+    ) -> T | None:
         """The result of `work`; None, and its cancellation, once other work than this is on offer.
 
-        The same round, offered for longer, is the same work.
+        The same round, offered for longer, is the same work. may_lag: by how many rounds of the stage the
+        offer may be behind the newest one.
         """
-        return await self._unless(lambda: self._over or _work(self._offer) != _work(offer), work)
+
+        def superseded() -> bool:
+            newest = self._offer
+            if newest is None or _work(newest) == _work(offer):
+                return newest is None
+            lag = newest.key.round - offer.key.round
+            return newest.key.stage != offer.key.stage or not 0 < lag <= may_lag(offer)
+
+        return await self._unless(lambda: self._over or superseded(), work)
 
     async def _unless(self, ended: Callable[[], bool], work: Coroutine[Any, Any, T]) -> T | None:
         async def until_ended() -> None:
@@ -172,10 +206,13 @@ class Link:
         """Tell that an update is ready, again and again, until the aggregator has answered."""
         self._exchange.offer(report.update, update)
         self._receipts = asyncio.Queue()  # receipts of an earlier attempt at this round do not count
+        self._record("report", report, f"reporting {report.update.sha256[:16]}")
         try:
             while True:
                 await self._connection.publish(self._up("report"), encode(report))
                 if receipt := await within(REPORT_EVERY_S, self._receipt(report)):
+                    answer = receipt.refusal or "accepted"
+                    self._record("receipt", report, answer, refusal=receipt.refusal)
                     return receipt
         finally:
             self._exchange.withdraw(report.update)
@@ -183,6 +220,19 @@ class Link:
     async def usage(self, usage: Usage) -> None:
         """Tell what a round has cost."""
         await self._connection.publish(self._up("usage"), encode(usage))
+
+    def _record(self, event: str, report: Report, text: str, **more: object) -> None:
+        """For the ledger that a log is: what was sent, and what came of it."""
+        fields = {
+            "event": event,
+            "run": self._run,
+            "stage": report.key.stage,
+            "round": report.key.round,
+            "sha256": report.update.sha256,
+            "bytes": report.update.size_bytes,
+            "num_examples": report.num_examples,
+        }
+        log.debug("%s: %s", report.key, text, extra={**fields, **more})
 
     async def _receipt(self, report: Report) -> Receipt:
         while True:
@@ -214,6 +264,8 @@ class Link:
         kind = topics.kind_of(packet.topic)
         if packet.topic == topics.announcement(self._run):
             announcement = decode(packet.payload, Announcement)
+            if not self._gate.admits(announcement):
+                return
             self.replaced = announcement.open and _identity(announcement) != _identity(self.announcement)
             if self.replaced or not announcement.open:
                 async with self._news:

@@ -78,12 +78,9 @@ class Parameters:
         """All that trains in the offer's stage."""
         shapes = self._shapes(offer.key.stage)
         path = await self._link.fetch(offer.parameters, max_bytes(shapes))
-        values = unpack_file(path, shapes)
-        if offer.plan.compression == "none":  # the next offer brings no change to these
-            self._forget(offer.parameters)
-        elif offer.change is not None and offer.change.base != offer.parameters:
+        if offer.change is not None and offer.change.base != offer.parameters:
             self._forget(offer.change.base)
-        return values
+        return unpack_file(path, shapes)
 
     async def frozen(self, offer: Offer, stage: int) -> Arrays:
         """What was frozen after an earlier stage. It is not kept: it is needed once a stage."""

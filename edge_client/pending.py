@@ -8,14 +8,17 @@ Next: `edge_client/session.py`.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
 from wire.errors import UserError
+from wire.files import replacing
 from wire.manifest import BlobRef
 from wire.messages import Announcement, Offer, Report, RoundKey, TrainPlan
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a damaged file may raise."""
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -46,18 +49,14 @@ def load(path: Path) -> Pending | None:
     """What was saved last, if it can be read."""
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=Pending)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
 
 
 def save(path: Path, pending: Pending) -> None:
     """Replace what was saved before, as a whole. Raises `UserError` where the disk does not take it."""
-    partial = path.with_suffix(".partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             file.write(msgspec.msgpack.encode(pending))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}", "free some space") from error

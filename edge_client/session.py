@@ -24,9 +24,11 @@ from weakref import WeakValueDictionary
 
 from edge_client import pending
 from edge_client.cache import FeatureCache, Step
+from edge_client.checkpoint import Checkpoint
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
 from edge_client.engines import Run, choose, open_engine, open_graph
 from edge_client.features import Features, by_own_names
+from edge_client.gate import Gate
 from edge_client.link import Link, find_run
 from edge_client.parameters import Parameters
 from edge_client.pending import Pending, Work
@@ -37,12 +39,13 @@ from wire.errors import Malformed, PeerError
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Hello, Offer, Receipt, Report, Usage
 from wire.mqtt import Broker
-from wire.rounds import Event, Role, RoundMachine
+from wire.rounds import Event, Role, RoundMachine, State
 from wire.store import Store
 from wire.tasks import beside
 from wire.tensors import Arrays
 
 PENDING = "pending"
+JOIN_AGAIN_S = 30.0  # after a run that cannot be joined
 ROUNDING = 1  # seeds what is drawn for an update's rounding
 TOLERANCE = 1.15  # of what export expects, to what it comes to
 
@@ -57,14 +60,21 @@ async def take_part(broker: Broker, device: Device, run: str | None = None) -> N
     Raises `TransportError` where no broker takes us, `UserError` for what the user has to mend.
     """
     with device.opened() as store:
-        replaced = True
-        while replaced:
-            announcement = await find_run(broker, device.name, run)
+        gate, patient = Gate(device.owner), False
+        while True:
+            announcement = await find_run(broker, device.name, run, gate, patient=patient)
+            patient = True  # the broker has been there: it comes back
             log.info("joining run %s as %s", announcement.run, device.name)
-            async with Link.open(broker, announcement, device.name, store) as link:
-                await beside(_take_part(link, device, store), link.pump())
-                replaced = link.replaced
-            log.info("run %s %s", announcement.run, "has begun anew" if replaced else "is over")
+            try:
+                async with Link.open(broker, announcement, device.name, store, gate) as link:
+                    await beside(_take_part(link, device, store), link.pump())
+            except PeerError as error:
+                log.warning("run %s cannot be joined: %s", announcement.run, error)
+                await asyncio.sleep(JOIN_AGAIN_S)
+                continue
+            log.info("run %s %s", announcement.run, "has begun anew" if link.replaced else "is over")
+            if not link.replaced:
+                return
 
 
 async def _take_part(link: Link, device: Device, store: Store) -> None:
@@ -156,13 +166,17 @@ class Session:
             begin, receipt = time.monotonic(), None
             self._machine.move(Event.OFFER)
             try:
-                receipt = await self._link.unless_superseded(offer, self._round(offer))
+                receipt = await self._link.unless_superseded(offer, self._round(offer), self._may_lag)
             except PeerError as error:
                 log.warning("%s cannot be trained: %s", offer.key, error)
             if receipt is None:
                 self._machine.move(Event.WITHDRAWN)
             await self._tell_usage(offer, time.monotonic() - begin)
         self._machine.move(Event.FINISH)
+
+    def _may_lag(self, offer: Offer) -> int:
+        """By how many rounds work on this offer may be late and is still of use."""
+        return 0 if self._machine.state is State.FETCHING else offer.plan.max_staleness
 
     async def _round(self, offer: Offer) -> Receipt:
         known = offer.key.stage < len(self._manifest.stages) and offer.key.stage <= len(offer.frozen)
@@ -208,10 +222,16 @@ class Session:
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:
+        name, threads = self._device.name, self._device.threads
+        checkpoint = self._checkpoint(offer)
         with open_engine(
-            self._engine, self._bundle.file, self._manifest, offer.key.stage, self._device.threads
+            self._engine, self._bundle.file, self._manifest, offer.key.stage, threads
         ) as engine:
-            return train(engine, parameters, features, offer.plan, self._device.name, stop)
+            return train(engine, parameters, features, offer.plan, name, stop, checkpoint)
+
+    def _checkpoint(self, offer: Offer) -> Checkpoint:
+        every_s = self._device.checkpoint_s
+        return Checkpoint(self._device.folder / "training", self._work(offer), self._engine, every_s)
 
     def _needed(self, offer: Offer) -> set[BlobRef]:
         """Of what is in the store; the rest is of earlier offers and other runs."""
@@ -241,6 +261,7 @@ class Session:
             loss=trained.loss,
         )
         pending.save(path, Pending(self._work(offer), report))
+        self._checkpoint(offer).clear()
         if before is not None and before.report.update != report.update:
             self._store.remove(before.report.update)
         return report

@@ -5,7 +5,6 @@ Next: `export/bundle.py` and `export/final.py`, which fill one.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wire.errors import UserError
+from wire.files import sync
 
 
 @contextmanager
@@ -38,18 +38,10 @@ def new_folder(out: Path, mark: str, *, force: bool = False) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         for path in (*folder.rglob("*"), folder):
-            _sync(path)
+            sync(path)
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -96,11 +96,14 @@ def _per_channel(modality: Modality, option: str, default: float) -> npt.NDArray
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Upright RGB. 16-bit grey is scaled to 8 bits, which `convert` alone would clip to white."""
-    image = ImageOps.exif_transpose(image)
+    """Upright RGB, perhaps the same object: a large picture takes 4 bytes a pixel so, with alpha 13.
+
+    16-bit grey is scaled to 8 bits, which `convert` alone would clip to white.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode == "RGB":
         return image
-    layer = image.convert("RGBA")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer).convert("RGB")

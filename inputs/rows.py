@@ -13,7 +13,6 @@ import hashlib
 import io
 import math
 import os
-import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from wire.errors import UserError
+from wire.files import replacing
 
 AnyArray = npt.NDArray[Any]
-PARTIAL = ".partial"
 
 _PIECE_BYTES = 1 << 20
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -107,21 +106,12 @@ def write_rows(
     Raises `OSError` where the disk does not take it; nothing is left behind then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=PARTIAL, dir=path.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            digest = hashlib.sha256()
-            _add(file, digest, _header(shape, dtype))
-            for piece in pieces:
-                _add(file, digest, np.ascontiguousarray(piece, dtype).data)
-            file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync(path.parent)
+    with replacing(path) as file:
+        digest = hashlib.sha256()
+        _add(file, digest, _header(shape, dtype))
+        for piece in pieces:
+            _add(file, digest, np.ascontiguousarray(piece, dtype).data)
+        file.write(digest.digest())
 
 
 def _add(file: Any, digest: Any, content: bytes | memoryview) -> None:
@@ -134,12 +124,3 @@ def _header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
-
-
-def _sync(folder: Path) -> None:
-    """The new name, too, has to survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

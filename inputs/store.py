@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from inputs.readers import AnyArray, Reader, Unreadable
-from inputs.rows import PARTIAL, Rows, write_rows
+from inputs.rows import Rows, write_rows
 from inputs.table import Table
 from wire.errors import UserError
+from wire.files import PARTIAL
 
 _ENCODING = b"1"  # changes when a reader encodes the same cell differently
 _WHOLE_BYTES = 64 << 10

@@ -6,6 +6,7 @@ Next: `aggregator/run.py`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import replace
 from functools import partial
@@ -14,28 +15,37 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lamina.logs import always, is_json, log_format_option
 from lamina.options import (
     broker_option,
     column_option,
     config_option,
+    owner_option,
     pairs,
     plan_options,
     run_until_stopped,
+    tls_options,
 )
 from wire.errors import UserError
 from wire.lock import locked
+from wire.manifest import BlobRef, Manifest, check_files, read_manifest
 from wire.mqtt import Broker
+from wire.signature import Owner, read_signature
+from wire.tls import Credentials
 from wire.topics import check_name
 from wire.transfer import CHUNK_BYTES, check_chunk_bytes
 
 if TYPE_CHECKING:
     from aggregator.events import Event, Tell
     from aggregator.run import Evaluate
-    from wire.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 
 @click.command("aggregator", short_help="Conduct a run.")
 @broker_option(required=True)
+@tls_options
+@owner_option("The public key of the run's owner: check now what clients will check.")
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -65,9 +75,12 @@ if TYPE_CHECKING:
 )
 @plan_options()
 @click.option("--json", "as_json", is_flag=True, help="Print events as lines of JSON.")
+@log_format_option
 @config_option
 def command(
     broker: str,
+    credentials: Credentials,
+    owner: Path | None,
     bundle: Path,
     name: str,
     folder: Path,
@@ -89,11 +102,15 @@ def command(
     from aggregator.events import to_json
     from aggregator.plan import RunPlan
     from aggregator.run import Settings
-    from wire.manifest import read_manifest
 
-    address = Broker.parse(broker)
+    address = Broker.parse(broker, credentials)
+    always(run=name)
     run_plan = RunPlan(**plan)
-    manifest, _ = read_manifest(bundle)
+    manifest, content = read_manifest(bundle)
+    signature = read_signature(bundle)
+    if owner is not None:
+        check_files(bundle, manifest)
+        _check_signature(bundle, BlobRef.of(content), signature, owner)
     if run_plan.batch_size > manifest.max_batch_size:
         raise UserError(
             f"batch_size is {run_plan.batch_size}, and {bundle} takes at most {manifest.max_batch_size}",
@@ -106,6 +123,7 @@ def command(
         plan=run_plan,
         chunk_bytes=check_chunk_bytes(chunk_bytes),
         resume=resume,
+        signature=signature,
     )
     theirs = pairs(columns, "--column")
     with locked(folder, "stop it, or choose another --dir"), contextlib.closing(Books(folder)) as books:
@@ -113,9 +131,19 @@ def command(
             settings = replace(settings, evaluate=_evaluate(bundle, manifest, holdout, theirs, folder))
         if as_json:
             _conduct(address, settings, manifest, books, lambda event: click.echo(to_json(event)))
+        elif is_json():
+            _conduct(address, settings, manifest, books, lambda _event: None)  # they are logged
         else:
             with View() as view:
                 _conduct(address, settings, manifest, books, view.show)
+
+
+def _check_signature(bundle: Path, manifest: BlobRef, signature: bytes | None, path: Path) -> None:
+    owner = Owner.read(path)
+    if not owner.has_signed(manifest, signature):
+        how = "not signed" if signature is None else f"changed, or signed by someone else than {path}"
+        raise UserError(f"{bundle} is {how}", f"sign it: lamina sign {bundle} --key owner.key")
+    log.info("%s is signed by owner %s", bundle, owner.name)
 
 
 def _conduct(address: Broker, settings: Any, manifest: Manifest, books: Any, tell: Tell) -> None:
@@ -123,19 +151,23 @@ def _conduct(address: Broker, settings: Any, manifest: Manifest, books: Any, tel
     from aggregator.events import ClientCame, RunClosed
     from aggregator.run import conduct
     from export.final import write_final
+    from lamina.event_log import note
 
     engines: set[str] = set()
+    logged = is_json()
 
     def listen(event: Event) -> None:
         if isinstance(event, ClientCame):
             engines.add(event.hello.engine)
+        if logged:
+            note(event)
         tell(event)
 
     values = run_until_stopped(conduct(address, settings, books, listen))
     stages = range(len(manifest.stages))
     out = settings.folder / "model"
     write_final(settings.bundle, values, out, force=True)
-    tell(
+    listen(
         RunClosed(
             schedule=manifest.schedule,
             engine=",".join(sorted(engines)),

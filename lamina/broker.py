@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 
+from lamina.logs import log_format_option
 from lamina.options import when_told_to_stop
 from wire.errors import UserError
 
@@ -42,6 +43,7 @@ _CLOSE_S = 2
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=1883, show_default=True, help="0 takes a free port."
 )
+@log_format_option
 def command(host: str, port: int) -> None:
     """Run a small MQTT broker until it is interrupted.
 

@@ -20,23 +20,27 @@ import importlib
 import logging
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
+from lamina import logs
 from wire.errors import LaminaError
 
 COMMANDS = {
     "run": "lamina.run:command",
     "data": "lamina.data.command:command",
     "export": "lamina.export_command:command",
+    "sign": "lamina.identity.command:sign_command",
     "plan": "lamina.plan_command:command",
+    "provision": "lamina.identity.command:provision_command",
     "broker": "lamina.broker:command",
     "aggregator": "lamina.aggregator_command:command",
     "client": "lamina.client_command:command",
     "evaluate": "lamina.evaluate_command:command",
 }
-ROOMS = ("aggregator", "edge_client", "export", "inputs", "lamina", "models", "wire")
+
+log = logging.getLogger(__name__)
 
 
 class _Commands(click.Group):
@@ -68,43 +72,35 @@ def command() -> None:
     """Layer-wise federated multimodal learning on real devices, over MQTT."""
 
 
-class _Stderr(logging.StreamHandler[Any]):
-    """Logs to whatever standard error is now: a live view puts itself in its place."""
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _value: Any) -> None:
-        pass
-
-
 def main() -> NoReturn:
     """Run the command and exit."""
-    handler = _Stderr()
-    logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, handlers=[handler]
-    )
-    for room in ROOMS:
-        logging.getLogger(room).setLevel(logging.INFO)
+    logs.set_up()
     try:
         command(prog_name="lamina", standalone_mode=False)
     except LaminaError as error:
-        _end(f"{error} - {error.hint}" if error.hint else str(error), error.exit_code)
+        _end(error, error.hint, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        _end(" ".join(error.format_message().split()), error.exit_code)
+        _end(error, "", error.exit_code, " ".join(error.format_message().split()))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    except Exception:  # noqa: BLE001 - the last one to see it: a defect of ours, told in full
-        traceback.print_exc()
+    except Exception:
+        if logs.is_json():
+            log.critical("a defect of Lamina", exc_info=True, extra={"exit_code": 70})
+        else:
+            traceback.print_exc()
         sys.exit(70)
     sys.exit(0)
 
 
-def _end(line: str, exit_code: int) -> NoReturn:
-    click.echo(f"lamina: {line}", err=True)
+def _end(error: Exception, hint: str, exit_code: int, message: str = "") -> NoReturn:
+    message = message or str(error)
+    if logs.is_json():
+        kind = type(error).__name__
+        log.critical("%s", message, extra={"error": kind, "hint": hint, "exit_code": exit_code})
+    else:
+        line = f"lamina: {message} - {hint}" if hint else f"lamina: {message}"
+        click.echo(logs.without_logins(line), err=True)
     sys.exit(exit_code)

@@ -6,17 +6,19 @@ Next: `lamina/cli.py`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 from wire.errors import UserError
+from wire.tls import Credentials
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,6 +42,32 @@ def broker_option(**settings: Any) -> Callable[[F], F]:
         help="mqtt://[user:password@]host[:port], or mqtts:// for TLS.",
         **settings,
     )
+
+
+def tls_options(function: F) -> F:
+    """`--ca`, `--cert` and `--key` of an `mqtts://` broker, as one argument `credentials`."""
+
+    @functools.wraps(function)
+    def together(
+        *arguments: Any, ca: Path | None, cert: Path | None, key: Path | None, **others: Any
+    ) -> Any:
+        return function(*arguments, credentials=Credentials(ca, cert, key), **others)
+
+    decorated: Any = together
+    for name, text in (
+        ("--key", "The private key of --cert."),
+        ("--cert", "Our certificate, for a broker that asks for one."),
+        ("--ca", "The authority of the broker's certificate.  [default: those that the system trusts]"),
+    ):
+        decorated = click.option(name, type=click.Path(path_type=Path, dir_okay=False), help=text)(
+            decorated
+        )
+    return cast(F, decorated)
+
+
+def owner_option(text: str) -> Callable[[F], F]:
+    """`--owner`, the public key of the run's owner."""
+    return click.option("--owner", type=click.Path(path_type=Path, dir_okay=False), help=text)
 
 
 def engine_option(**settings: Any) -> Callable[[F], F]:
@@ -92,7 +120,10 @@ def column_option(function: F) -> F:
 
 
 def config_option(function: F) -> F:
-    """`--config`, a TOML file with any of the command's options; those on the command line come first."""
+    """`--config`, a TOML file with any of the command's options; those on the command line come first.
+
+    A relative path in it starts at the file's own folder, so that the two can be moved together.
+    """
     return click.option(
         "--config",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -223,7 +254,7 @@ def _read_config(context: click.Context, _option: click.Parameter, path: Path | 
         word.lstrip("-").replace("-", "_"): option
         for option in context.command.params
         for word in option.opts
-        if option.expose_value
+        if option.name not in ("config", "help")
     }
     defaults: dict[str, Any] = {}
     for name, value in values.items():
@@ -232,11 +263,16 @@ def _read_config(context: click.Context, _option: click.Parameter, path: Path | 
             raise UserError(
                 f"{path}: there is no option {name!r}", f"see lamina {context.info_name} --help"
             )
-        defaults[option.name] = _plain(path, name, value, multiple=option.multiple)
+        plain = _plain(path, name, value, multiple=option.multiple)
+        if isinstance(option.type, click.Path):
+            texts = plain if isinstance(plain, tuple) else (str(plain),)
+            beside = tuple(str(path.parent / text) for text in texts)
+            plain = beside if option.multiple else beside[0]
+        defaults[option.name] = plain
     context.default_map = {**(context.default_map or {}), **defaults}
 
 
-def _plain(path: Path, name: str, value: Any, *, multiple: bool) -> Any:
+def _plain(path: Path, name: str, value: Any, *, multiple: bool) -> str | bool | tuple[str, ...]:
     """What a person would have typed; a table such as `[column]` as `name=value` pairs."""
     if multiple and isinstance(value, dict):
         return tuple(f"{key}={one}" for key, one in value.items())

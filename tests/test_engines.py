@@ -19,7 +19,7 @@ from export.parity import input_limits, parameter_error, reference
 from export.schedules import SCHEDULES
 from export.stage import cut_stages, example
 from models.registry import build
-from wire.errors import LocalError, UserError
+from wire.errors import GraphError, LocalError, UserError
 from wire.manifest import AdamW
 
 LEARNING_RATE = 1e-3
@@ -165,6 +165,43 @@ def test_loading_starts_micro_batches_anew_bit_by_bit(micro, engine, head):
     assert all(np.array_equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
 
 
+def assert_goes_on(one, engine, stage, path):
+    """What was saved after some steps goes on in an engine of its own as if there had been no break."""
+    batches = [arrays(batch) for batch in one.batches(stage)]
+    with one.open(engine, stage) as opened:
+        opened.load(one.values)
+        losses = [opened.train_step(batch, LEARNING_RATE) for batch in batches[:4]]
+        opened.save(path)
+        losses += [opened.train_step(batch, LEARNING_RATE) for batch in batches[4:]]
+        expected = opened.parameters()
+    with one.open(engine, stage) as opened:
+        opened.resume(path)
+        assert [opened.train_step(batch, LEARNING_RATE) for batch in batches[4:]] == losses[4:]
+        got = opened.parameters()
+        assert list(got) == list(expected)
+        assert all(np.array_equal(got[name], expected[name]) for name in expected)
+        opened.load(one.values)  # and after all it may begin anew
+        assert opened.train_step(batches[0], LEARNING_RATE) == losses[0]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_goes_on_from_what_was_saved(case, micro, engine, head, tmp_path):
+    for stage in range(2):
+        assert_goes_on(case(head), engine, stage, tmp_path / f"state{stage}")
+    assert_goes_on(micro(head), engine, 0, tmp_path / "micro")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_cannot_be_saved_is_told(case, engine, tmp_path):
+    one = case()
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        with pytest.raises(OSError):
+            opened.save(tmp_path / "no folder" / "state")
+        opened.train_step(arrays(one.batches(0)[0]), LEARNING_RATE)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_gradient_of_exactly_zero_is_not_nan_in_micro_batches(micro, engine):
     one = micro("contrastive")
@@ -202,7 +239,7 @@ def test_a_graph_that_cannot_be_loaded_is_said_in_one_line(case, tmp_path, conte
     if content is not None:
         (tmp_path / "graph.onnx").write_bytes(content)
     graph = case().manifest.stages[0].encoders["image"]
-    with pytest.raises(UserError, match=r"graph\.onnx cannot be loaded") as caught:
+    with pytest.raises(GraphError, match=r"graph\.onnx cannot be loaded") as caught:
         engines.open_graph(ONNX, lambda _: tmp_path / "graph.onnx", graph)
     assert "\n" not in str(caught.value)
 
@@ -306,6 +343,58 @@ def test_a_gradient_of_exactly_zero_is_not_nan(case, engine):
     np.testing.assert_allclose(trained[name][unused], values[name][unused] * decayed, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["whole", "micro"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pull_draws_every_parameter_towards_its_anchor(case, micro, engine, kind):
+    one = case() if kind == "whole" else micro("contrastive")
+    generator = np.random.default_rng(0)
+    anchor = {name: value + generator.random(value.shape, np.float32) for name, value in one.values.items()}
+    kept = {name: value.copy() for name, value in anchor.items()}
+    batches = [arrays(batch) for batch in one.batches(0)[:3]]
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        for batch, rate in zip(batches, (0.25, 3.0, 1e-3), strict=True):
+            opened.train_step(batch, LEARNING_RATE)
+            before = opened.parameters()
+            opened.pull(anchor, rate)
+            for name, value in opened.parameters().items():
+                expected = (before[name].astype(np.float64) + rate * anchor[name]) / (1 + rate)
+                np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    assert all(np.array_equal(anchor[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("kind", ["whole", "micro"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_pulled_all_the_way_trains_from_there(case, micro, engine, kind):
+    one = case() if kind == "whole" else micro("contrastive")
+    batch = arrays(one.batches(0)[0])
+    with one.open(engine, 0) as opened:
+        opened.load(one.values)
+        at_first = opened.evaluate(batch)["loss"]
+        for _ in range(3):
+            assert opened.train_step(batch, 1e-2) == pytest.approx(at_first, rel=1e-4)
+            assert opened.evaluate(batch)["loss"] < at_first - 1e-3
+            opened.pull(one.values, 1e9)
+            assert opened.evaluate(batch)["loss"] == pytest.approx(at_first, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["whole", "micro"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pull_leaves_the_moments_alone(case, micro, engine, kind):
+    one = case() if kind == "whole" else micro("contrastive")
+    batches = [arrays(batch) for batch in one.batches(0)[:4]]
+    with one.open(engine, 0) as opened:
+        runs = []
+        for pulled in (False, True):
+            opened.load(one.values)
+            for batch in batches:
+                opened.train_step(batch, LEARNING_RATE)
+                if pulled:
+                    opened.pull(one.values, 0.0)
+            runs.append(opened.parameters())
+    assert all(np.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_comes_out_is_a_copy(case, engine):
     one = case()
@@ -322,7 +411,12 @@ def test_a_call_before_load_is_our_own_fault(case, engine):
     one = case()
     batch = arrays(one.batches(0)[0])
     opened = one.open(engine, 0)
-    for call in (lambda: opened.train_step(batch, 0.1), opened.parameters, lambda: opened.evaluate(batch)):
+    for call in (
+        lambda: opened.train_step(batch, 0.1),
+        lambda: opened.pull(one.values, 0.1),
+        opened.parameters,
+        lambda: opened.evaluate(batch),
+    ):
         with pytest.raises(LocalError):
             call()
 

@@ -160,7 +160,8 @@ def _inflate(content: bytes, limit: int) -> bytes:
 
 
 def _restored(name: str, values: npt.NDArray[Any], scale: Array) -> Array:
-    restored = _rows(values.astype(np.float32)) * scale[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of that is looked at next
+        restored = _rows(values.astype(np.float32)) * scale[:, None]
     if not np.isfinite(restored).all():
         raise NotFinite(f"{name} holds NaN or infinity")
     return restored.reshape(values.shape)

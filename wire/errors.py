@@ -104,5 +104,9 @@ class NotFinite(PeerError):
     reason = "not_finite"
 
 
+class GraphError(PeerError):
+    """A graph of the bundle that the runtime here cannot load, or that fails while it runs."""
+
+
 class Silent(PeerError):
     """The other side has stopped sending what it had offered. It is not told: it does not listen."""

@@ -4,6 +4,7 @@ Rules:
 - The receiver leads. It asks for a window of chunks, for more as they come in, and again for what has not
   come after a while. So a slow device is never flooded, the broker's queues stay short, and whatever is
   lost on either side is asked for once more.
+- What has come of a blob stays on disk, so a fetch that was broken off goes on where it was.
 - A sender sends only what was `offer`ed. A chunk that several peers want at the same time goes out once,
   to the topic that all of them read.
 - At most `SENDING` packets wait for the broker's acknowledgement.
@@ -19,14 +20,14 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from wire.errors import HashMismatch, Silent, UserError
 from wire.manifest import BlobRef
 from wire.messages import Want
-from wire.store import Store
+from wire.store import Partial, Store
 from wire.tasks import within
-from wire.transfer import Chunk, Missing, Owed, decode_chunk, encode_chunk, extent, prefix_of
+from wire.transfer import Chunk, Missing, Owed, decode_chunk, encode_chunk, extent, num_chunks, prefix_of
 
 SENDING = 8
 WINDOW = 16
@@ -51,7 +52,7 @@ class Publisher(Protocol):
 @dataclass
 class _Incoming:
     missing: Missing
-    file: BinaryIO
+    partial: Partial
     came: asyncio.Event = field(default_factory=asyncio.Event)
     error: OSError | None = None  # of the disk; it is the receiver's to tell
 
@@ -59,8 +60,7 @@ class _Incoming:
         offset = self.missing.place(chunk)
         try:
             if offset is not None:
-                self.file.seek(offset)
-                self.file.write(chunk.data)
+                self.partial.write(chunk.index, offset, chunk.data)
         except OSError as error:
             self.error = error
         self.came.set()
@@ -138,9 +138,9 @@ class Exchange:
 
     async def _receive(self, ref: BlobRef, ask: Ask, peer: str, silence_s: float) -> None:
         key = (peer, prefix_of(ref))
-        with self.store.receive(ref) as file:
-            missing = Missing(ref, self._chunk_bytes, WINDOW)
-            incoming = self._incoming[key] = _Incoming(missing, file)
+        with self.store.receive(ref, num_chunks(ref, self._chunk_bytes), peer) as partial:
+            missing = Missing(ref, self._chunk_bytes, WINDOW, partial.have)
+            incoming = self._incoming[key] = _Incoming(missing, partial)
             patience_s, silent_s = self._stall_s, 0.0
             clock = asyncio.get_running_loop().time
             try:

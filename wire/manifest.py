@@ -315,6 +315,16 @@ def read_manifest(bundle: Path) -> tuple[Manifest, bytes]:
         raise UserError(f"{bundle / MANIFEST_NAME}: {error}", "export the bundle once more") from error
 
 
+def check_files(bundle: Path, manifest: Manifest) -> None:
+    """Return if the bundle's files are those of its manifest. Raises `UserError` for one that is not."""
+    for name, ref in manifest.files.items():
+        path = bundle / name
+        if not path.is_file() or BlobRef.of_file(path) != ref:
+            raise UserError(
+                f"{path} is not the file that the manifest names", "export the bundle once more, or copy it"
+            )
+
+
 def parameter_counts(manifest: Manifest) -> Mapping[str, int]:
     """Group -> number of scalar parameters."""
     counts: dict[str, int] = {}

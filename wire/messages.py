@@ -21,12 +21,15 @@ from msgspec import Meta
 
 from wire.errors import LocalError, Malformed, Refusal, TooLarge
 from wire.manifest import BlobRef, Count
+from wire.signature import SIGNATURE_BYTES
 from wire.topics import NAME_PATTERN
 from wire.transfer import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 
 MAX_LEARNING_RATE = 1e6
 MAX_SECONDS = 1e9
 MAX_AUGMENTATIONS = 1000
+MAX_STALENESS = 1000
+MAX_PROXIMAL_MU = 1e6
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_OFFER_BYTES = 256 << 10  # an offer names its cohort
 
@@ -35,6 +38,7 @@ Compression = Literal["none", "float16", "int8"]
 Name = Annotated[str, Meta(pattern=rf"^{NAME_PATTERN}\Z")]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Instant = Annotated[float, Meta(ge=0, le=1e12)]
+Signature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
 class RoundKey(msgspec.Struct, frozen=True, order=True):
@@ -52,6 +56,7 @@ class Announcement(msgspec.Struct, frozen=True, tag=True):
 
     started_s: Unix time of the run's start; of several open runs a client joins the newest.
     chunk_bytes: the size of a packet in this run's transfers, header included (`wire/transfer.py`).
+    signature: the owner's, of the manifest (`wire/signature.py`); None: the bundle is not signed.
     """
 
     run: Name
@@ -60,6 +65,7 @@ class Announcement(msgspec.Struct, frozen=True, tag=True):
     heartbeat_s: Seconds
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     open: bool = True
+    signature: Signature | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -83,6 +89,9 @@ class TrainPlan(msgspec.Struct, frozen=True):
 
     compression: of the update and of `Change`. prefix_compression: of `Offer.frozen`.
     augmentations: views of each image to draw from, 0 for the image as it is.
+    max_staleness: rounds by which the update may be late and still count; with 0, the next round calls
+        training off.
+    proximal_mu: FedProx's mu, how strongly parameters are held to the offered ones; 0: not at all.
     """
 
     learning_rate: Annotated[float, Meta(ge=0, le=MAX_LEARNING_RATE)]
@@ -92,6 +101,8 @@ class TrainPlan(msgspec.Struct, frozen=True):
     compression: Compression = "none"
     prefix_compression: Compression = "none"
     augmentations: Annotated[int, Meta(ge=0, le=MAX_AUGMENTATIONS)] = 0
+    max_staleness: Annotated[int, Meta(ge=0, le=MAX_STALENESS)] = 0
+    proximal_mu: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_MU)] = 0.0
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -109,11 +120,11 @@ class Change(msgspec.Struct, frozen=True):
 class Offer(msgspec.Struct, frozen=True, tag=True):
     """A round is open for `cohort`.
 
-    opened_s: Unix time of its opening; an aggregator that was restarted opens a round once more.
+    opened_s: Unix time of its opening; a round that is offered for longer is opened once more.
     parameters: values of the stage's trainable groups now (safetensors).
     frozen: for each earlier stage, the values of the groups that were frozen after it (compressed).
     deadline_s: seconds left when this copy was published.
-    change: None in the first round, without compression, and after the aggregator was restarted.
+    change: None in the first round and without compression.
     """
 
     key: RoundKey

@@ -23,6 +23,7 @@ class State(Enum):
 
     IDLE = auto()  # both: no round is open for us
     COLLECTING = auto()  # aggregator: the offer is out, updates come in
+    WAITING = auto()  # aggregator: too few came in time, and nobody is asked until enough clients are there
     COMBINING = auto()  # aggregator: closed for updates, averaging and evaluating
     FETCHING = auto()  # client: the round's files and parameters are on their way
     TRAINING = auto()  # client
@@ -33,10 +34,11 @@ class State(Enum):
 class Event(Enum):
     """What happened."""
 
-    OFFER = auto()  # aggregator: published one; client: is in the cohort of one
+    OFFER = auto()  # aggregator: published one, or found it after a restart; client: is in its cohort
     UPDATE = auto()  # aggregator: accepted a client's update
-    CLOSE = auto()  # aggregator: all updates are in, or enough of them at the deadline
-    EXTEND = auto()  # aggregator: too few at the deadline, the round stays open for as long again
+    CLOSE = auto()  # aggregator: as many updates as were wanted are in, or enough of them at the deadline
+    DEADLINE = auto()  # aggregator: it has passed, and too few are in: clients are slow, silent or gone
+    EXTEND = auto()  # aggregator: enough clients are there again, the round is offered for as long again
     CHECKPOINT = auto()  # aggregator: the round's result is on disk
     FETCHED = auto()  # client: files and parameters are there
     TRAINED = auto()  # client: the update is on disk
@@ -57,6 +59,11 @@ TRANSITIONS: dict[Role, dict[State, dict[Event, State]]] = {
         State.IDLE: {Event.OFFER: State.COLLECTING, Event.FINISH: State.DONE},
         State.COLLECTING: {
             Event.UPDATE: State.COLLECTING,
+            Event.DEADLINE: State.WAITING,
+            Event.CLOSE: State.COMBINING,
+        },
+        State.WAITING: {
+            Event.UPDATE: State.WAITING,
             Event.EXTEND: State.COLLECTING,
             Event.CLOSE: State.COMBINING,
         },

@@ -1,7 +1,9 @@
 """Blobs on disk by their SHA-256: what was fetched, and what others may ask for.
 
-Rules: a file under its hash is whole and synced, or it is not there: it is written under another name and
-renamed. `has` reads it again, for flash cards forget. Nothing in the store has a name from the network.
+Rules: a file under its hash is whole and synced, or it is not there. `has` reads it again, for flash cards
+forget. What has come of a blob in chunks is kept in a file of its own, so a transfer goes on where a killed
+process left it; of each peer there is one such file at most. Nothing here has a name from the network but
+the peer's, which is a topic level.
 
 Next: `wire/exchange.py`, which fills it.
 """
@@ -10,15 +12,49 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from wire.errors import HashMismatch, UserError
+from wire.files import PARTIAL, rename, replacing
 from wire.manifest import BlobRef
 
-_PARTIAL = ".partial"
+_HERE = b"\1"
+
+
+class Partial:
+    """A blob that comes in chunk by chunk: its bytes, then one for each chunk that says whether it is here.
+
+    have: the chunks that are here.
+    """
+
+    def __init__(self, path: Path, ref: BlobRef, num_chunks: int) -> None:
+        self.path = path
+        self._size = ref.size_bytes
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        whole = self._size + num_chunks
+        if self._file.seek(0, os.SEEK_END) != whole:
+            self._file.truncate(0)
+            self._file.truncate(whole)
+        self._file.seek(self._size)
+        self.have = {index for index, mark in enumerate(self._file.read()) if mark == _HERE[0]}
+
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """Keep a chunk's data. Raises `OSError`."""
+        for place, content in ((offset, data), (self._size + index, _HERE)):  # said once it is so
+            self._file.seek(place)
+            self._file.write(content)
+            self._file.flush()
+
+    def finish(self) -> None:
+        """Leave the blob alone in the file, synced."""
+        self._file.truncate(self._size)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """What is here stays."""
+        self._file.close()
 
 
 class Store:
@@ -26,10 +62,12 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._receiving: set[Path] = set()
         with self._telling():
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"*{_PARTIAL}"):  # of a process that was killed
-                left.unlink(missing_ok=True)
+            for left in folder.glob(f"*{PARTIAL}"):  # of a process that was killed
+                if "@" not in left.name:
+                    left.unlink(missing_ok=True)
 
     def path(self, ref: BlobRef) -> Path:
         """Where the blob is, if it is there."""
@@ -48,7 +86,7 @@ class Store:
     def put(self, content: bytes) -> BlobRef:
         """Keep these bytes."""
         ref = BlobRef.of(content)
-        with self.receive(ref) as file:
+        with self._telling(), replacing(self.path(ref)) as file:
             file.write(content)
         return ref
 
@@ -57,35 +95,36 @@ class Store:
         self.path(ref).unlink(missing_ok=True)
 
     def keep(self, refs: Collection[BlobRef]) -> None:
-        """Forget everything else."""
-        names = {ref.sha256 for ref in refs}
+        """Forget everything else, but what is received right now."""
+        hashes = {ref.sha256 for ref in refs}
         for path in self._folder.iterdir():
-            if path.name not in names and path.suffix != _PARTIAL:
+            if path.name.partition(".")[0] not in hashes and path not in self._receiving:
                 path.unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Forget all that nobody receives right now."""
-        self.keep(())
-
     @contextlib.contextmanager
-    def receive(self, ref: BlobRef) -> Iterator[BinaryIO]:
-        """A file to fill with the blob, in any order; it is kept if the block ends well.
+    def receive(self, ref: BlobRef, num_chunks: int, peer: str = "") -> Iterator[Partial]:
+        """A blob to fill in any order, begun anew or gone on with; in the store if the block ends well.
 
-        Raises `HashMismatch` where the content is another, `UserError` where the disk does not take it.
+        num_chunks: that it comes in; another number is another transfer. Raises `HashMismatch`, and
+        forgets it, where the content is another, `UserError` where the disk does not take it.
         """
         with self._telling():
-            handle, name = tempfile.mkstemp(prefix=ref.sha256[:16], suffix=_PARTIAL, dir=self._folder)
-            partial = Path(name)
+            path = self._folder / f"{ref.sha256}.{num_chunks}@{peer}{PARTIAL}"
+            for other in self._folder.glob(f"*@{peer}{PARTIAL}"):
+                if other != path and other not in self._receiving:
+                    other.unlink(missing_ok=True)
+            self._receiving.add(path)
+            partial = Partial(path, ref, num_chunks)
             try:
-                with os.fdopen(handle, "w+b") as file:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
-                if BlobRef.of_file(partial) != ref:
+                yield partial
+                partial.finish()
+                if BlobRef.of_file(path) != ref:
+                    path.unlink(missing_ok=True)
                     raise HashMismatch(f"the content is not {ref.sha256[:16]} of {ref.size_bytes} bytes")
-                partial.replace(self.path(ref))
+                rename(path, self.path(ref))
             finally:
-                partial.unlink(missing_ok=True)
+                partial.close()
+                self._receiving.discard(path)
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

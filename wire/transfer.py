@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from wire.errors import Malformed, UserError
@@ -85,14 +85,14 @@ def decode_chunk(packet: bytes) -> Chunk:
 class Missing:
     """What a receiver still misses of a blob, and which of it is on its way.
 
-    ask: the next chunks to ask for, so that at most `window` are on their way.
+    ask: the next chunks to ask for, so that at most `window` are on their way. have: those that are here.
     """
 
-    def __init__(self, ref: BlobRef, chunk_bytes: int, window: int) -> None:
+    def __init__(self, ref: BlobRef, chunk_bytes: int, window: int, have: Set[int] = frozenset()) -> None:
         self.ref = ref
         self._chunk_bytes = chunk_bytes
         self._window = window
-        self._missing = set(range(num_chunks(ref, chunk_bytes)))
+        self._missing = set(range(num_chunks(ref, chunk_bytes))) - have
         self._asked: set[int] = set()
 
     @property
@@ -137,10 +137,12 @@ class Owed:
         self._owed: dict[BlobRef, dict[int, set[str]]] = {}
 
     def add(self, peer: str, ref: BlobRef, ranges: Ranges, chunk_bytes: int) -> None:
-        """`peer` asks for these. Raises `Malformed` for a range that the blob does not have."""
+        """`peer` asks for these. Raises `Malformed` for ranges that the blob does not have."""
         last = num_chunks(ref, chunk_bytes)
         if not all(0 <= first < end <= last for first, end in ranges):
             raise Malformed(f"a range beyond the end of {ref.sha256[:16]}")
+        if sum(end - first for first, end in ranges) > last:  # a message has room for thousands of ranges
+            raise Malformed(f"more chunks than {ref.sha256[:16]} has")
         if not ranges:
             return
         chunks = self._owed.setdefault(ref, {})

@@ -63,8 +63,22 @@ class Engine(Protocol):
         """One AdamW step on `batch` (the stage's inputs, `[B, *shape]`, any B); the loss before it."""
         ...
 
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """Draw what trains towards `anchor`, torch name -> float32: w becomes (w + rate a) / (1 + rate)."""
+        ...
+
     def parameters(self) -> Arrays:
         """Copies of what trains, as it is now: torch name -> float32, in `Stage.parameters`' order."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write all that the next step depends on to a file. Raises `OSError`."""
+        ...
+
+    def resume(self, path: Path) -> None:
+        """In place of `load`: take what `save` wrote, of this stage, engine and machine. The next steps
+        give the same bits as if there had been no break.
+        """
         ...
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
@@ -126,7 +140,7 @@ def open_graph(engine: str, file: BundleFile, graph: Graph, threads: int = 1) ->
     """An inference graph, on the engine's runtime, as a function of (inputs by name, parameters by torch
     name), either of which may hold more than it needs, that returns output name -> array [B, ...].
 
-    Raises `UserError` for a file that is not a graph, or a runtime that is not installed.
+    Raises `GraphError` for a file that is not a graph, `UserError` for a runtime that is not installed.
     """
     run: Run = _load(engine).open_graph(file(graph_file(engine, graph)), graph, threads)
     return run

@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.engines import executorch_runtime, micro_batches
+from edge_client.engines import executorch_runtime, micro_batches, proximal
 from edge_client.engines.executorch_runtime import Program, Spec
 from edge_client.engines.micro_batches import Batch
-from wire.errors import LocalError, UserError
+from edge_client.engines.saved import read_arrays, write_arrays
+from wire.errors import GraphError, LocalError, UserError
 from wire.manifest import Graph, Manifest
 from wire.tensors import Array, Arrays
 
 _NAME = "executorch"
 _TRAIN, _EVALUATE = "train", "evaluate"
 _EMBED, _PAIRS, _GRADIENTS, _UPDATE = "embed", "pairs", "gradients", "update"
+_STATE = "parameter", "exp_avg", "exp_avg_sq"
 _SCALAR = Spec(np.dtype(np.float32), ())
 
 
@@ -45,7 +47,7 @@ class ExecuTorch:
         self._task, self._size = manifest.task, entry.micro_batch_size
         self._threads = threads
         self._program: Program | None = None
-        self._state: list[list[Array]] = []  # parameters, exp_avg, exp_avg_sq
+        self._state: list[list[Array]] = []  # as `_STATE` names them
         self._sums: list[Array] = []  # of gradients, for a step in micro-batches
         self._loss = np.zeros((), np.float32)
         self._step = np.zeros((), np.float32)
@@ -67,16 +69,38 @@ class ExecuTorch:
 
     def load(self, parameters: Mapping[str, Array]) -> None:
         """As in `Engine`."""
-        self.close()
-        program = Program(self._path, self._threads)
-        if not self._fits(program):
-            raise UserError(f"{self._path} is not the program of this stage", "export the bundle once more")
         values = [np.array(parameters[name], np.float32, order="C") for name in self._names]
         if [value.shape for value in values] != self._shapes:
             raise LocalError("an engine was loaded with parameters of other shapes")
-        self._state = [values, *([np.zeros_like(one) for one in values] for _ in range(2))]
-        self._sums = [np.zeros_like(one) for one in values] if self._size else []
-        self._step[...] = 0
+        self._begin([values, *([np.zeros_like(one) for one in values] for _ in range(2))], 0)
+
+    def save(self, path: Path) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        arrays = {
+            f"{kind}.{name}": value
+            for kind, values in zip(_STATE, self._state, strict=True)
+            for name, value in zip(self._names, values, strict=True)
+        }
+        write_arrays(path, {**arrays, "step": self._step})
+
+    def resume(self, path: Path) -> None:
+        """As in `Engine`."""
+        arrays = read_arrays(path)
+        state = [[arrays[f"{kind}.{name}"] for name in self._names] for kind in _STATE]
+        self._begin(state, arrays["step"])
+
+    def _begin(self, state: list[list[Array]], step: float | Array) -> None:
+        """Open the program; these arrays are the engine's from now on."""
+        self.close()
+        program = Program(self._path, self._threads)
+        if not self._fits(program):
+            raise GraphError(
+                f"{self._path} is not the program of this stage", "export the bundle once more"
+            )
+        self._state = state
+        self._sums = [np.zeros_like(one) for one in state[0]] if self._size else []
+        self._step[...] = step
         self._program = program
 
     def train_step(self, batch: Batch, learning_rate: float) -> float:
@@ -103,6 +127,11 @@ class ExecuTorch:
         if self._size:
             return {"loss": micro_batches.whole_loss(self, self._taken(batch), self._size, self._task)}
         return {"loss": self.part_of_loss(self._taken(batch))}
+
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        proximal.draw(zip(self._names, self._state[0], strict=True), anchor, rate)
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""

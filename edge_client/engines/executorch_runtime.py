@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
-from wire.errors import LocalError, UserError
+from wire.errors import GraphError, LocalError, UserError
 from wire.manifest import Graph
 from wire.tensors import Array
 
@@ -183,7 +183,7 @@ def library() -> Any:
 
 
 class Program:
-    """An opened `.pte` file. Raises `UserError` for a file that is none."""
+    """An opened `.pte` file. Raises `GraphError` for a file that is none."""
 
     def __init__(self, path: Path, threads: int) -> None:
         self._library = library()
@@ -191,8 +191,8 @@ class Program:
         self._path = path
         status = self._library.lamina_open(os.fsencode(path), threads, ctypes.byref(self._handle))
         if status:
-            raise UserError(
-                f"{path} cannot be loaded: {self._reason(status)}", "write or fetch it once more"
+            raise GraphError(
+                f"{path} cannot be loaded: {self._reason(status)}", "export the bundle once more"
             )
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class Program:
             self.close()
 
     def takes(self, method: str) -> list[Spec]:
-        """What a method is fed, in order. Raises `UserError` where the program has no such method."""
+        """What a method is fed, in order. Raises `GraphError` where the program has no such method."""
         return self._specs(method, 0)
 
     def gives(self, method: str) -> list[Spec]:
@@ -220,7 +220,7 @@ class Program:
                 self._handle, method.encode(), which, room, values, ctypes.byref(count)
             )
             if status:
-                raise UserError(
+                raise GraphError(
                     f"{self._path} has no {method} of ours: {self._reason(status)}",
                     "export the bundle once more",
                 )
@@ -230,7 +230,7 @@ class Program:
         try:
             return [Spec(_DTYPES[one.type], tuple(one.sizes[: one.dims])) for one in values]
         except KeyError as error:
-            raise UserError(
+            raise GraphError(
                 f"{self._path} has a value of type {error}", "export the bundle once more"
             ) from error
 
@@ -240,7 +240,7 @@ class Program:
         """Run a method on arrays that fit what it `takes` and `gives`, all of them C-contiguous. An output
         has room for its largest shape; the shapes that this batch gives come back.
 
-        Raises `LocalError` where the runtime fails.
+        Raises `GraphError` where the runtime fails.
         """
         given = (_Value * len(inputs))(*map(_value, inputs))
         made = (_Value * len(outputs))(*map(_value, outputs))
@@ -248,7 +248,7 @@ class Program:
             self._handle, method.encode(), len(inputs), given, len(outputs), made
         )
         if status:
-            raise LocalError(f"{method} of {self._path.name} fails: {self._reason(status)}")
+            raise GraphError(f"{method} of {self._path.name} fails: {self._reason(status)}")
         return [tuple(one.sizes[: one.dims]) for one in made]
 
     def _reason(self, status: int) -> str:
@@ -280,13 +280,13 @@ def as_fed(name: str, value: Any, spec: Spec) -> AnyArray:
 def open_graph(path: Path, graph: Graph, threads: int) -> Any:
     """An inference graph of the bundle as a function of (inputs by name, parameters by torch name).
 
-    Raises `UserError` for a file that is not a program. Both may hold more than the graph needs. The
+    Raises `GraphError` for a file that is not a program. Both may hold more than the graph needs. The
     result: output name -> array [B, ...]. Parameters are read in place at every call.
     """
     program = Program(path, threads)
     takes, gives = program.takes(INFER), program.gives(INFER)
     if len(takes) != len(graph.inputs) + len(graph.parameters) or len(gives) != len(graph.outputs):
-        raise UserError(f"{path} cannot be loaded: it is not this graph", "write or fetch it once more")
+        raise GraphError(f"{path} cannot be loaded: it is not this graph", "export the bundle once more")
 
     def run(inputs: Mapping[str, AnyArray], parameters: Mapping[str, Array]) -> dict[str, Array]:
         fed = [as_fed(name, inputs[name], spec) for name, spec in zip(graph.inputs, takes, strict=False)]
@@ -298,7 +298,7 @@ def open_graph(path: Path, graph: Graph, threads: int) -> Any:
         # Room for what the program may write, whatever it says; pages that it leaves cost nothing.
         made = [np.empty(spec.shape, spec.dtype) for spec in gives]
         if program.run(INFER, fed, made) != [(len(fed[0]), *spec.shape[1:]) for spec in gives]:
-            raise LocalError(f"{path.name} gives other shapes than it says")
+            raise GraphError(f"{path.name} gives other shapes than it says")
         return {name: value[: len(fed[0])] for name, value in zip(graph.outputs, made, strict=True)}
 
     return run

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.engines import micro_batches, onnx_runtime
+from edge_client.engines import micro_batches, onnx_runtime, proximal
 from edge_client.engines.micro_batches import Batch
+from edge_client.engines.saved import read_arrays, write_arrays
 from wire.errors import LocalError
 from wire.manifest import Manifest
 from wire.tensors import Array, Arrays
@@ -62,18 +63,35 @@ class Onnx:
 
     def load(self, parameters: Mapping[str, Array]) -> None:
         """As in `Engine`."""
-        self.close()
-        for role in self._files.keys() - {"eval"}:
-            self._open(role)
-        values = self._values = {
+        values = {
             name: np.array(parameters[torch_name], np.float32, order="C")
             for name, torch_name in self._names.items()
         }
-        moments = self._moments = {
+        moments = {
             f"{name}.{moment}": np.zeros_like(value)
             for name, value in values.items()
             for moment in _MOMENTS
         }
+        self._begin(values, moments, 0)
+
+    def save(self, path: Path) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        write_arrays(path, {**self._values, **self._moments, "step": self._step})
+
+    def resume(self, path: Path) -> None:
+        """As in `Engine`."""
+        arrays = read_arrays(path)
+        step = arrays.pop("step")
+        values = {name: arrays.pop(name) for name in self._names}
+        self._begin(values, arrays, step)
+
+    def _begin(self, values: Arrays, moments: Arrays, step: float | Array) -> None:
+        """Open the graphs and bind them to these arrays, which are the engine's from now on."""
+        self.close()
+        for role in self._files.keys() - {"eval"}:
+            self._open(role)
+        self._values, self._moments = values, moments
         scalars = {"step": self._step, "learning_rate": self._learning_rate}
         loss = {"loss": self._loss}
         if self._size:
@@ -88,7 +106,7 @@ class Onnx:
                 self._bound("train", now | moments | scalars, loss | _next(then | moments))
                 for now, then in ((values, after), (after, values))
             ]
-        self._step[...] = 0
+        self._step[...] = step
 
     def train_step(self, batch: Batch, learning_rate: float) -> float:
         """As in `Engine`."""
@@ -105,7 +123,7 @@ class Onnx:
             total.fill(0)
         loss = micro_batches.whole_gradients(self, fed, self._size, self._task)
         self._step += 1
-        self._sessions["update"].run_with_iobinding(self._bindings[1])
+        self._run("update", self._bindings[1])
         return loss
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
@@ -118,6 +136,11 @@ class Onnx:
         loss = whole(self, fed, self._size, self._task) if self._size else self.part_of_loss(fed)
         self._sessions.pop("eval", None)
         return {"loss": loss}
+
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        proximal.draw(((self._names[name], value) for name, value in self._values.items()), anchor, rate)
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""
@@ -171,8 +194,12 @@ class Onnx:
         binding = self._bindings[0]
         for name, array in batch.items():
             binding.bind_cpu_input(name, array)
-        self._sessions[role].run_with_iobinding(binding)
+        self._run(role, binding)
         return float(self._loss)
+
+    def _run(self, role: str, binding: Any) -> None:
+        with onnx_runtime.trying(f"{self._files[role].name} fails"):
+            self._sessions[role].run_with_iobinding(binding)
 
     def _bound(self, role: str, before: Arrays, after: Arrays) -> Any:
         """A run of a graph on these arrays: what it reads, and what it writes."""

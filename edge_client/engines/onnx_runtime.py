@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from wire.errors import UserError
+from wire.errors import GraphError, UserError
 from wire.manifest import Graph
 from wire.packages import installed
 from wire.tensors import Array
@@ -85,14 +86,20 @@ def session_options(threads: int, *, arena: bool = True) -> Any:
 
 
 def open_session(path: Path, threads: int) -> Any:
-    """An inference session. Raises `UserError` for a file that is not a graph."""
+    """An inference session. Raises `GraphError` for a file that is not a graph."""
+    package, options = onnxruntime(), session_options(threads)
+    with trying(f"{path} cannot be loaded"):
+        return package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def trying(what: str) -> Iterator[None]:
+    """Nothing but a call of the runtime. Raises `GraphError`, which begins with `what`."""
     try:
-        return onnxruntime().InferenceSession(
-            str(path), session_options(threads), providers=["CPUExecutionProvider"]
-        )
+        yield
     except Exception as error:  # the runtime's errors share no class below this one
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be loaded: {reason}", "write or fetch it once more") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GraphError(f"{what}: {reason}", "export the bundle once more") from error
 
 
 def infer(session: Any, inputs: Inputs, parameters: Mapping[str, Array]) -> dict[str, Array]:
@@ -102,7 +109,8 @@ def infer(session: Any, inputs: Inputs, parameters: Mapping[str, Array]) -> dict
     names = [value.name for value in session.get_inputs()]
     feeds = {name: inputs[name] if name in inputs else parameters[name] for name in names}
     outputs = [value.name for value in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+    with trying("a graph fails"):
+        return dict(zip(outputs, session.run(outputs, feeds), strict=True))
 
 
 def graph_file(graph: Graph) -> str:
@@ -113,15 +121,17 @@ def graph_file(graph: Graph) -> str:
 def open_graph(path: Path, graph: Graph, threads: int) -> Run:
     """An inference graph of the bundle as a function of (inputs by name, parameters by torch name).
 
-    Raises `UserError` for a file that is not a graph. Both may hold more than the graph needs. The result:
-    output name -> array [B, ...]. Parameters are read in place at every call, none is copied or kept.
+    Raises `GraphError` for a file that is not a graph, and later if it fails. Both may hold more than the
+    graph needs. The result: output name -> array [B, ...]. Parameters are read in place at every call, none
+    is copied or kept.
     """
     session = open_session(path, threads)
 
     def run(inputs: Inputs, parameters: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(inputs[name]) for name in graph.inputs}
         feeds |= {name: parameters[torch_name] for name, torch_name in graph.parameters.items()}
-        outputs = session.run(list(graph.outputs), feeds)
+        with trying(f"{path} fails"):
+            outputs = session.run(list(graph.outputs), feeds)
         return dict(zip(graph.outputs, outputs, strict=True))
 
     return run

@@ -14,19 +14,21 @@ the passes.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_client.engines import micro_batches, onnx_runtime
+from edge_client.engines import micro_batches, onnx_runtime, proximal
 from edge_client.engines.micro_batches import Batch
 from wire.errors import LocalError, UserError
 from wire.manifest import Manifest
 from wire.tensors import Array, Arrays
 
 _NAME = "ort-training"
+_WITH_MOMENTS = True
 _ALL = False  # the bindings' `trainable_only`; a checkpoint of names can only be filled as a whole
 
 
@@ -61,25 +63,51 @@ class OrtTraining:
 
     def load(self, parameters: Mapping[str, Array]) -> None:
         """As in `Engine`."""
-        self.close()
-        bindings = _bindings()
-        device = _cpu(bindings)
-        options = onnx_runtime.session_options(self._threads, arena=False)
-        self._state = state = bindings.load_checkpoint(self._files["checkpoint"])
-        train = self._files["gradients" if self._size else "train"]
-        self._module = module = bindings.Module(train, state, self._files.get("eval"), device, options)
+        self._open(self._files["checkpoint"])
+        module = self._module
         flat = np.concatenate(
             [np.asarray(parameters[name], np.float32).reshape(-1) for name in self._names.values()]
         )
         if flat.size != module.get_parameters_size(_ALL):
             raise LocalError(f"{flat.size} values for {module.get_parameters_size(_ALL)}")
-        module.copy_buffer_to_parameters(bindings.OrtValue.ortvalue_from_numpy(flat, device), _ALL)
-        self._optimizer = bindings.Optimizer(self._files["optimizer"], state, device, options)
+        self._put(flat)
+        self._optimize()
+
+    def save(self, path: Path) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        try:
+            _bindings().save_checkpoint(self._state, str(path), _WITH_MOMENTS)
+        except Exception as error:  # the bindings' errors share no class below this one
+            raise OSError(errno.EIO, str(error).partition("\n")[0]) from error
+
+    def resume(self, path: Path) -> None:
+        """As in `Engine`."""
+        self._open(str(path))
+        self._optimize()
+
+    def _open(self, checkpoint: str) -> None:
+        self.close()
+        bindings = _bindings()
+        options = onnx_runtime.session_options(self._threads, arena=False)
+        train = self._files["gradients" if self._size else "train"]
+        evaluate = self._files.get("eval")
+        with onnx_runtime.trying(f"{train} cannot be loaded"):
+            self._state = bindings.load_checkpoint(checkpoint)
+            self._module = bindings.Module(train, self._state, evaluate, _cpu(bindings), options)
         self._sessions = {
             role: onnx_runtime.open_session(Path(self._files[role]), self._threads)
             for role in ("embed", "pairs")
             if role in self._files
         }
+
+    def _optimize(self) -> None:
+        """Open the optimizer, which takes its moments from the checkpoint or begins anew."""
+        bindings = _bindings()
+        options = onnx_runtime.session_options(self._threads, arena=False)
+        path = self._files["optimizer"]
+        with onnx_runtime.trying(f"{path} cannot be loaded"):
+            self._optimizer = bindings.Optimizer(path, self._state, _cpu(bindings), options)
 
     def train_step(self, batch: Batch, learning_rate: float) -> float:
         """As in `Engine`."""
@@ -90,7 +118,8 @@ class OrtTraining:
             loss = micro_batches.whole_gradients(self, fed, self._size, self._task)
         else:
             loss = self.gradients(fed)
-        self._optimizer.optimizer_step()
+        with onnx_runtime.trying("the optimizer fails"):
+            self._optimizer.optimizer_step()
         module.lazy_reset_grad()
         return loss
 
@@ -103,10 +132,17 @@ class OrtTraining:
         self._copy()
         return {"loss": micro_batches.whole_loss(self, fed, self._size, self._task)}
 
+    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+        """As in `Engine`."""
+        self._loaded()
+        flat = self._flat()
+        proximal.draw(zip(self._names.values(), self._parts(flat), strict=True), anchor, rate)
+        self._put(flat)
+
     def parameters(self) -> Arrays:
         """As in `Engine`."""
         self._loaded()
-        return dict(zip(self._names.values(), self._values(), strict=True))
+        return dict(zip(self._names.values(), self._parts(self._flat()), strict=True))
 
     def embed(self, batch: Batch) -> Arrays:
         """As in `micro_batches.Passes`."""
@@ -121,7 +157,8 @@ class OrtTraining:
         """As in `micro_batches.Passes`."""
         fetches = _bindings().OrtValueVector()
         arrays, feeds = self._feeds(batch, training=True)
-        self._module.train_step_with_ort_values(feeds, fetches)
+        with onnx_runtime.trying("the train step fails"):
+            self._module.train_step_with_ort_values(feeds, fetches)
         del arrays
         return float(fetches[0].numpy())
 
@@ -129,7 +166,8 @@ class OrtTraining:
         """As in `micro_batches.Passes`."""
         fetches = _bindings().OrtValueVector()
         arrays, feeds = self._feeds(batch, training=False)
-        self._module.eval_step_with_ort_values(feeds, fetches)
+        with onnx_runtime.trying("the evaluation fails"):
+            self._module.eval_step_with_ort_values(feeds, fetches)
         del arrays
         return float(fetches[0].numpy())
 
@@ -137,13 +175,19 @@ class OrtTraining:
         """Bring the copy of the parameters up to date, where there are graphs that need it."""
         if self._sessions:
             self._copied = {}  # the one before goes first
-            self._copied = dict(zip(self._names, self._values(), strict=True))
+            self._copied = dict(zip(self._names, self._parts(self._flat()), strict=True))
 
-    def _values(self) -> list[Array]:
-        """Copies of the parameters, in order."""
-        bindings, module = _bindings(), self._module
-        flat = np.empty(module.get_parameters_size(_ALL), np.float32)
-        module.copy_parameters_to_buffer(bindings.OrtValue.ortvalue_from_numpy(flat, _cpu(bindings)), _ALL)
+    def _flat(self) -> Array:
+        """A copy of the parameters, in order."""
+        flat = np.empty(self._module.get_parameters_size(_ALL), np.float32)
+        self._module.copy_parameters_to_buffer(_borrowed(flat), _ALL)
+        return flat
+
+    def _put(self, flat: Array) -> None:
+        self._module.copy_buffer_to_parameters(_borrowed(flat), _ALL)
+
+    def _parts(self, flat: Array) -> list[Array]:
+        """Views of it, a parameter each."""
         ends = np.cumsum([int(np.prod(shape, dtype=np.int64)) for shape in self._shapes])
         parts = np.split(flat, ends[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
@@ -184,6 +228,12 @@ def _bindings() -> Any:
     from onnxruntime.capi import _pybind_state
 
     return _pybind_state
+
+
+def _borrowed(flat: Array) -> Any:
+    """A value on the array's own memory."""
+    bindings = _bindings()
+    return bindings.OrtValue.ortvalue_from_numpy(flat, _cpu(bindings))
 
 
 def _cpu(bindings: Any) -> Any:

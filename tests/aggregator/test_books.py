@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from aggregator.books import NAME, Books, RunRecord
+from aggregator.books import NAME, Books, Checkpoint, RunRecord
 from aggregator.events import Figures
 from wire.errors import UserError
 from wire.manifest import BlobRef
-from wire.messages import Report, RoundKey, Usage
+from wire.messages import Change, Offer, Report, RoundKey, TrainPlan, Usage
 
 KEY = RoundKey(1, 2)
 RECORD = RunRecord("r1", "a" * 64, '{"rounds":3}', 1.7e9 + 0.25)
@@ -62,10 +62,31 @@ def usage(key: RoundKey = KEY, **changes: Any) -> Usage:
     return Usage(**{**fields, **changes})
 
 
+def checkpoint(number: int) -> Checkpoint:
+    return Checkpoint(ref(number))
+
+
+def offer(key: RoundKey = KEY, **changes: Any) -> Offer:
+    fields = {
+        "key": key,
+        "opened_s": 1.7e9 + 0.125,
+        "cohort": ("ada", "ben"),
+        "parameters": ref(1),
+        "frozen": (ref(2),),
+        "plan": TrainPlan(learning_rate=1e-3, batch_size=8, local_epochs=1, seed=0),
+        "deadline_s": 60.0,
+    }
+    return Offer(**{**fields, **changes})
+
+
 def round_of(
     books: Books, key: RoundKey, *, loss: float = 0.5, seconds: float = 2.0, **metrics: float
 ) -> None:
-    books.checkpoint(key, ref(key.round), None, loss, metrics, seconds)
+    books.checkpoint(key, checkpoint(key.round), ("ada", "ben"), loss, metrics, seconds)
+
+
+def accept(books: Books, client: str, report_: Report, raw_bytes: int = 4000) -> None:
+    books.accept(client, report_, raw_bytes, 1.0, report_.key.round)
 
 
 def rows(books: Books, table: str) -> list[Row]:
@@ -94,28 +115,29 @@ def test_new_books_are_empty(books: Books):
 def test_everything_is_there_after_closing_and_opening(tmp_path: Path):
     books = Books(tmp_path)
     books.begin(RECORD)
-    books.checkpoint(
-        KEY, ref(1, 2**62), ref(3, 9), 0.1 + 0.2, {"recall@1": 0.1 + 0.2, "chance@1": 1e-300}, 12.25
-    )
-    books.accept("ada", report(num_examples=2**63 - 1, update=ref(2, 2**63 - 1)), 2**63 - 1)
+    whole = Checkpoint(ref(1, 2**62), Change(ref(2), ref(3, 9), ref(1, 2**62)))
+    metrics = {"recall@1": 0.1 + 0.2, "chance@1": 1e-300}
+    books.checkpoint(KEY, whole, ("ada", "ben"), 0.1 + 0.2, metrics, 12.25)
+    report_ = report(groups=("image block", "head"), num_examples=2**63 - 1, update=ref(2, 2**63 - 1))
+    books.accept("ada", report_, 2**63 - 1, 0.5, 3)
     books.refuse("ben", RoundKey(0, 7), "late", "it's over; DROP TABLE rounds — ' \" \0")
     books.spend("ada", usage(bytes_sent=2**63 - 1, seconds=1e9))
     for _ in range(2):
         books = reopened(books, tmp_path)
         assert books.run() == RECORD
-        assert books.rounds() == {KEY: ref(1, 2**62)}
+        assert books.rounds() == {KEY: whole}
+        assert (books.cohort(KEY), books.cohort(RoundKey(1, 1))) == (("ada", "ben"), ())
         assert books.clients_told(KEY) == {"ada"}
         assert books.clients_told(RoundKey(1, 1)) == books.clients_told(RoundKey(0, 2)) == set()
-        ((*_, change_bytes, _loss, _metrics, _seconds),) = rows(books, "rounds")
-        assert change_bytes == 9
         figures = books.figures([1])
         assert figures.metrics == {"recall@1": 0.1 + 0.2, "chance@1": 1e-300}
         assert figures.loss == 0.1 + 0.2
-        assert rows(books, "updates") == [
-            (1, 2, "ada", 2**63 - 1, 0.5, ref(2).sha256, 2**63 - 1, 2**63 - 1),
-        ]
+        assert books.accepted(RoundKey(1, 3)) == [("ada", report_)], "by the round that it counts in"
+        assert books.accepted(KEY) == []
+        assert books.counted("ada", KEY) == report_.update
+        assert books.counted("ada", RoundKey(1, 3)) is books.counted("ben", KEY) is None
         assert rows(books, "refusals") == [
-            (0, 7, "ben", "late", "it's over; DROP TABLE rounds — ' \" \0"),
+            (0, 7, "ben", "late", 1, "it's over; DROP TABLE rounds — ' \" \0"),
         ]
         assert rows(books, "usage") == [(1, 2, "ada", 2**63 - 1, 3000, 50_000_000, 1e9, 0.0, 0.5)]
     books.close()
@@ -126,7 +148,7 @@ def test_what_is_written_is_on_disk_before_closing(books: Books, tmp_path: Path)
     round_of(books, KEY)
     shutil.copytree(tmp_path / "new", tmp_path / "copy")
     other = Books(tmp_path / "copy" / "run")
-    assert (other.run(), other.rounds()) == (RECORD, {KEY: ref(2)})
+    assert (other.run(), other.rounds()) == (RECORD, {KEY: checkpoint(2)})
     other.close()
 
 
@@ -138,21 +160,21 @@ def test_rounds_come_in_order(books: Books):
 
 
 def test_a_round_that_is_done_once_more_counts_once(books: Books):
-    books.checkpoint(KEY, ref(1), None, 0.5, {"a": 1.0}, 3.0)
-    books.checkpoint(KEY, ref(2), None, 0.25, {"b": 2.0}, 4.0)
-    assert books.rounds() == {KEY: ref(2)}
+    round_of(books, KEY, loss=0.5, seconds=3.0, a=1.0)
+    books.checkpoint(KEY, checkpoint(7), ("ada",), 0.25, {"b": 2.0}, 4.0)
+    assert books.rounds() == {KEY: checkpoint(7)}
     figures = books.figures([1])
     assert (figures.rounds, figures.loss, figures.metrics, figures.seconds) == (1, 0.25, {"b": 2.0}, 4.0)
 
 
 def test_what_is_told_twice_counts_once(books: Books):
     for _ in range(2):
-        books.accept("ada", report(), 4000)
+        accept(books, "ada", report())
         books.spend("ada", usage())
     figures = books.figures([1])
     assert (figures.updates, figures.update_bytes_per_client) == (1, 1000)
     assert (figures.bytes_sent_per_client, figures.bytes_received_per_client) == (1000, 3000)
-    books.accept("ada", report(update=ref(1, 500)), 4000)  # of a round that an aggregator opened once more
+    accept(books, "ada", report(update=ref(1, 500)))  # of a round that an aggregator opened once more
     books.spend("ada", usage(bytes_sent=7))
     figures = books.figures([1])
     assert (figures.updates, figures.update_bytes_per_client, figures.bytes_sent_per_client) == (1, 500, 7)
@@ -161,7 +183,7 @@ def test_what_is_told_twice_counts_once(books: Books):
 def test_the_same_client_counts_in_each_round_and_the_same_round_for_each_client(books: Books):
     for key in (RoundKey(1, 0), RoundKey(1, 1)):
         for client in ("ada", "ben"):
-            books.accept(client, report(key), 4000)
+            accept(books, client, report(key))
             books.spend(client, usage(key))
     figures = books.figures([1])
     assert (figures.updates, figures.update_bytes_per_client) == (4, 2000)
@@ -169,10 +191,41 @@ def test_the_same_client_counts_in_each_round_and_the_same_round_for_each_client
     assert books.clients_told(RoundKey(1, 1)) == {"ada", "ben"}
 
 
+def test_a_round_is_open_until_its_checkpoint(books: Books, tmp_path: Path):
+    assert books.opened() is None
+    books.open(offer(), None)
+    books.open(offer(opened_s=1.7e9 + 60, cohort=("ada",)), 3)  # for longer
+    books = reopened(books, tmp_path / "new" / "run")
+    assert books.opened() == (offer(opened_s=1.7e9 + 60, cohort=("ada",)), 3)
+    round_of(books, KEY)
+    assert books.opened() is None
+    books.open(offer(RoundKey(1, 3)), None)
+    assert books.opened() == (offer(RoundKey(1, 3)), None)
+
+
+def test_an_update_that_is_lost_takes_no_part(books: Books):
+    for client in ("ada", "ben"):
+        accept(books, client, report())
+    books.drop("ada", KEY)
+    assert [client for client, _ in books.accepted(KEY)] == ["ben"]
+    assert books.counted("ada", KEY) is None
+    assert books.figures([1]).updates == 1
+
+
+def test_books_of_another_version_are_left_alone(tmp_path: Path):
+    books = Books(tmp_path)
+    books._database.execute("PRAGMA user_version=77")
+    books.close()
+    with pytest.raises(UserError, match="another version") as caught:
+        Books(tmp_path)
+    assert caught.value.hint
+
+
 def test_every_refusal_counts(books: Books):
     for _ in range(3):
         books.refuse("ada", KEY, "late", "")
     books.refuse("ada", RoundKey(0, 0), "late", "")
+    assert rows(books, "refusals") == [(0, 0, "ada", "late", 1, ""), (1, 2, "ada", "late", 3, "")]
     assert (books.figures([1]).refusals, books.figures([0]).refusals) == (3, 1)
     assert books.figures([0, 1]).refusals == 4
 
@@ -188,7 +241,7 @@ def told(books: Books) -> None:
         (RoundKey(0, 1), "ada", 100),
         (RoundKey(1, 0), "cyd", 50),
     ]:
-        books.accept(client, report(key, update=ref(size, size)), 4 * size)
+        accept(books, client, report(key, update=ref(size, size)), 4 * size)
     books.refuse("cyd", RoundKey(0, 1), "late", "")
     for key, client, sent, peak in [
         (RoundKey(0, 0), "ada", 10, 60_000_000),
@@ -244,7 +297,7 @@ def test_figures_of_stages_that_have_not_begun(books: Books, stages: Any):
 
 
 def test_figures_while_the_first_round_is_open(books: Books):
-    books.accept("ada", report(), 4000)
+    accept(books, "ada", report())
     books.refuse("ben", KEY, "malformed", "")
     expected = msgspec.structs.replace(
         NOTHING, updates=1, update_bytes_per_client=1000, raw_update_bytes_per_client=4000, refusals=1
@@ -310,8 +363,9 @@ def test_books_that_cannot_be_written_are_the_users_to_mend(books: Books):
     books._database.execute("PRAGMA query_only = 1")
     for write in (
         lambda: books.begin(RECORD),
+        lambda: books.open(offer(), None),
         lambda: round_of(books, KEY),
-        lambda: books.accept("ada", report(), 4000),
+        lambda: accept(books, "ada", report()),
         lambda: books.refuse("ada", KEY, "late", ""),
         lambda: books.spend("ada", usage()),
     ):
@@ -325,7 +379,7 @@ WRITER = """
 import sys
 from pathlib import Path
 
-from aggregator.books import Books, RunRecord
+from aggregator.books import Books, Checkpoint, RunRecord
 from wire.manifest import BlobRef
 from wire.messages import Report, RoundKey, Usage
 
@@ -333,8 +387,8 @@ books = Books(Path(sys.argv[1]))
 books.begin(RunRecord("r1", "a" * 64, "{}", 1.5))
 for number in range(100_000):
     key, ref = RoundKey(0, number), BlobRef.of(str(number).encode())
-    books.accept("ada", Report(key, ref, ("head",), 10, 0.5), 1)
-    books.checkpoint(key, ref, None, float(number), {"round": float(number)}, 1.0)
+    books.accept("ada", Report(key, ref, ("head",), 10, 0.5), 1, 1.0, number)
+    books.checkpoint(key, Checkpoint(ref), ("ada",), float(number), {"round": float(number)}, 1.0)
     books.spend("ada", Usage(key, 1, 1, 1, 1.0))
     print(number, flush=True)
 """
@@ -360,7 +414,7 @@ def test_after_a_hard_kill_a_prefix_is_there(tmp_path: Path, kill_after: int):
     books = Books(tmp_path)
     rounds = books.rounds()
     assert len(rounds) - 1 in (told_last, told_last + 1)  # one may be written and not yet told
-    assert rounds == {RoundKey(0, number): ref(number) for number in range(len(rounds))}
+    assert rounds == {RoundKey(0, number): checkpoint(number) for number in range(len(rounds))}
     figures = books.figures([0])
     assert figures.rounds == len(rounds)
     assert figures.updates in (len(rounds), len(rounds) + 1)

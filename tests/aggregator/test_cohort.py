@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.cohort import MISSED_HEARTBEATS, Clients, select
+from aggregator.cohort import MISSED_HEARTBEATS, Clients, select, wanted
 from wire.messages import Hello, RoundKey
 
 HEARTBEAT_S = 8.0  # a power of two, so that times add up exactly
@@ -190,3 +190,21 @@ def test_everybody_is_drawn_about_as_often():
     drawn = Counter(name for n in range(rounds) for name in select(NAMES, 0.25, 0, RoundKey(0, n)))
     assert drawn.keys() == set(NAMES)
     assert all(0.6 < count / (0.25 * rounds) < 1.4 for count in drawn.values())
+
+
+@pytest.mark.parametrize(
+    ("available", "fraction_train", "over_selection", "asked", "waited_for"),
+    [
+        (10, 0.5, 0.0, 5, 5),
+        (10, 0.5, 0.3, 7, 5),
+        (10, 1.0, 0.3, 10, 10),
+        (3, 0.1, 1.0, 2, 1),
+        (0, 1.0, 1.0, 0, 0),
+    ],
+)
+def test_more_are_asked_than_are_waited_for(
+    available: int, fraction_train: float, over_selection: float, asked: int, waited_for: int
+):
+    cohort = select(map(str, range(available)), fraction_train, 0, KEY, over_selection)
+    assert len(cohort) == asked
+    assert wanted(available, fraction_train) == waited_for

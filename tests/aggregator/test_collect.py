@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from aggregator.collect import Collection
+from aggregator.collect import Collection, Taken
 from aggregator.combine import Update
 from wire.errors import HashMismatch, PeerError, Silent, UserError
 from wire.manifest import FORMAT, AdamW, BlobRef, Manifest, Parameter, Stage
@@ -81,15 +81,30 @@ def delta(seed: int = 0, groups: tuple[str, ...] = GROUPS) -> Arrays:
     return {name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in shapes.items()}
 
 
+class Past:
+    """Earlier rounds."""
+
+    def __init__(self) -> None:
+        self.cohorts: dict[RoundKey, tuple[str, ...]] = {}
+        self.updates: dict[tuple[str, RoundKey], BlobRef] = {}
+
+    def cohort(self, key: RoundKey) -> tuple[str, ...]:
+        return self.cohorts.get(key, ())
+
+    def counted(self, client: str, key: RoundKey) -> BlobRef | None:
+        return self.updates.get((client, key))
+
+
 class Round:
     """A collection and the uploads it fetches."""
 
-    def __init__(self, folder: Path, parameters: Mapping[str, Any] | None = None, **changes: Any) -> None:
+    def __init__(self, folder: Path, goal: int | None = None, **changes: Any) -> None:
         self._folder = folder
         self._uploads: dict[BlobRef, bytes | Exception] = {}
         self.held: dict[str, asyncio.Event] = {}
         self.fetched: list[tuple[str, BlobRef]] = []
-        self.collection = Collection(MANIFEST, offer(**changes), self._fetch)
+        self.past = Past()
+        self.collection = Collection(MANIFEST, offer(**changes), self._fetch, self.past, goal)
 
     async def _fetch(self, client: str, ref: BlobRef) -> Path:
         self.fetched.append((client, ref))
@@ -149,8 +164,8 @@ async def settle() -> None:
 
 
 async def answered(collection: Collection) -> bool:
-    """Whether `until_answered` returns now."""
-    waiting = asyncio.ensure_future(collection.until_answered())
+    """Whether `until_complete` returns now."""
+    waiting = asyncio.ensure_future(collection.until_complete())
     await settle()
     done = waiting.done()
     waiting.cancel()
@@ -176,11 +191,11 @@ def round_(tmp_path: Path) -> Round:
 def test_a_report_is_accepted_once(round_: Round):
     async def story() -> None:
         report = round_.report()
-        assert await round_.collection.take("ben", report) is True
-        assert round_.collection.accepted == {"ben": report}
+        assert await round_.collection.take("ben", report) is Taken.COUNTS
+        assert round_.collection.accepted == {("ben", 2): report}
         for _ in range(2):
-            assert await round_.collection.take("ben", report) is False
-        assert round_.collection.accepted == {"ben": report}
+            assert await round_.collection.take("ben", report) is Taken.COUNTED
+        assert round_.collection.accepted == {("ben", 2): report}
         assert round_.fetched == [("ben", report.update)]
 
     run(story())
@@ -192,11 +207,11 @@ def test_a_report_that_comes_again_while_its_update_is_fetched_is_no_other(round
         round_.hold("ben")
         first = asyncio.ensure_future(round_.collection.take("ben", report))
         await settle()
-        assert await round_.collection.take("ben", report) is False
+        assert await round_.collection.take("ben", report) is Taken.COMING
         assert round_.collection.accepted == {}
         round_.release("ben")
-        assert await first is True
-        assert round_.collection.accepted == {"ben": report}
+        assert await first is Taken.COUNTS
+        assert round_.collection.accepted == {("ben", 2): report}
         assert round_.fetched == [("ben", report.update)]
 
     run(story())
@@ -208,10 +223,10 @@ def test_clients_are_fetched_side_by_side(round_: Round):
         first = asyncio.ensure_future(round_.collection.take("ada", round_.report(delta(1))))
         await settle()
         assert await round_.collection.take("ben", round_.report(delta(2)))
-        assert list(round_.collection.accepted) == ["ben"]
+        assert list(round_.collection.accepted) == [("ben", 2)]
         round_.release("ada")
         assert await first
-        assert list(round_.collection.accepted) == ["ben", "ada"]
+        assert list(round_.collection.accepted) == [("ben", 2), ("ada", 2)]
 
     run(story())
 
@@ -324,7 +339,7 @@ def test_a_report_after_the_end_is_late_unless_it_has_been_accepted(round_: Roun
         round_.collection.close()
         await round_.refused("ben", report, "late", "is over")
         await round_.refused("dan", report, "late", "is over")
-        assert await round_.collection.take("ada", report) is False
+        assert await round_.collection.take("ada", report) is Taken.COUNTED
         await round_.refused("ada", round_.report(delta(1)), "duplicate")
         assert [update.client for update in round_.collection.updates()] == ["ada"]
 
@@ -336,15 +351,15 @@ def test_a_report_whose_update_comes_in_after_the_end_is_late(round_: Round):
     async def story() -> None:
         round_.hold("ben")
         await round_.collection.take("ada", round_.report(delta(1)))
-        late = asyncio.ensure_future(round_.refused("ben", round_.report(), "late", "closed while"))
+        late = asyncio.ensure_future(round_.refused("ben", round_.report(), "late", "is over"))
         await settle()
         assert len(round_.fetched) == 2
         round_.collection.close()
-        assert await round_.collection.take("ada", round_.report(delta(1))) is False
+        assert await round_.collection.take("ada", round_.report(delta(1))) is Taken.COUNTED
         await round_.refused("ben", round_.report(), "late", "is over")
         round_.release("ben")
         await late
-        assert list(round_.collection.accepted) == ["ada"]
+        assert list(round_.collection.accepted) == [("ada", 2)]
         assert [update.client for update in round_.collection.updates()] == ["ada"]
 
     run(story())
@@ -363,7 +378,7 @@ def test_another_update_while_the_first_is_fetched_is_a_duplicate(round_: Round)
         await settle()
         await round_.refused("ada", round_.report(delta(2)), "duplicate")
         round_.release("ada")
-        assert await first is True
+        assert await first is Taken.COUNTS
         assert bits(list(round_.collection.updates())) == bits([Update("ada", delta(1), 10)])
 
     run(story())
@@ -375,7 +390,7 @@ def test_another_update_after_the_first_was_accepted_is_a_duplicate(round_: Roun
         first = round_.report(delta(1))
         await round_.collection.take("ada", first)
         await round_.refused("ada", round_.report(delta(2)), "duplicate", "another update of ada")
-        assert round_.collection.accepted == {"ada": first}
+        assert round_.collection.accepted == {("ada", 2): first}
         assert bits(list(round_.collection.updates())) == bits([Update("ada", delta(1), 10)])
 
     run(story())
@@ -479,7 +494,7 @@ def test_content_that_is_not_what_was_announced_is_refused(round_: Round):
         report = round_.failing(HashMismatch("the content is another"))
         await round_.refused("ada", report, "hash_mismatch")
         round_.mended(report)
-        assert await round_.collection.take("ada", report) is True
+        assert await round_.collection.take("ada", report) is Taken.COUNTS
 
     run(story())
     assert len(round_.fetched) == 2
@@ -489,7 +504,7 @@ def test_whoever_was_refused_may_try_again_at_once(round_: Round):
     async def story() -> None:
         await round_.refused("ada", round_.report(b"no tensors"), "malformed")
         await round_.refused("ada", round_.report(b"no tensors"), "malformed")
-        assert await round_.collection.take("ada", round_.report()) is True
+        assert await round_.collection.take("ada", round_.report()) is Taken.COUNTS
 
     run(story())
 
@@ -500,7 +515,7 @@ def test_a_full_disk_is_not_the_clients_fault(round_: Round):
         with pytest.raises(UserError):
             await round_.collection.take("ada", report)
         round_.mended(report)
-        assert await round_.collection.take("ada", report) is True
+        assert await round_.collection.take("ada", report) is Taken.COUNTS
 
     run(story())
 
@@ -510,7 +525,7 @@ def test_a_full_disk_is_not_the_clients_fault(round_: Round):
 
 def test_a_round_is_answered_when_each_client_has_been_accepted_or_refused(round_: Round):
     async def story() -> None:
-        waiting = asyncio.ensure_future(round_.collection.until_answered())
+        waiting = asyncio.ensure_future(round_.collection.until_complete())
         await settle()
         await round_.collection.take("ben", round_.report())
         await round_.collection.take("ben", round_.report())
@@ -570,7 +585,9 @@ def test_silence_leaves_no_trace(round_: Round):
             await round_.collection.take("ada", silent)
         assert round_.collection.accepted == {}
         assert round_.collection.missing == COHORT
-        assert await round_.collection.take("ada", round_.report(delta(2))) is True  # not a duplicate
+        assert (
+            await round_.collection.take("ada", round_.report(delta(2))) is Taken.COUNTS
+        )  # not a duplicate
 
     run(story())
 
@@ -582,7 +599,7 @@ def test_a_silent_client_may_report_the_same_again(round_: Round):
             with pytest.raises(Silent):
                 await round_.collection.take("ada", report)
         round_.mended(report)
-        assert await round_.collection.take("ada", report) is True
+        assert await round_.collection.take("ada", report) is Taken.COUNTS
 
     run(story())
     assert len(round_.fetched) == 3
@@ -646,14 +663,14 @@ def test_a_round_that_is_offered_again_keeps_the_accepted_and_lets_the_refused_t
         round_.collection.again(offer(cohort=("ada", "ben", "dan"), opened_s=1.8e9))
         assert round_.collection.offer.cohort == ("ada", "ben", "dan")
         assert round_.collection.missing == ("ben", "dan")
-        assert round_.collection.accepted == {"ada": kept}
+        assert round_.collection.accepted == {("ada", 2): kept}
         assert not await answered(round_.collection)
 
         await round_.refused("cyd", round_.report(delta(3)), "not_selected")
-        assert await round_.collection.take("ada", kept) is False
-        assert await round_.collection.take("dan", round_.report(delta(4))) is True
+        assert await round_.collection.take("ada", kept) is Taken.COUNTED
+        assert await round_.collection.take("dan", round_.report(delta(4))) is Taken.COUNTS
         assert not await answered(round_.collection)  # that ben was refused is forgotten
-        assert await round_.collection.take("ben", round_.report(delta(2))) is True
+        assert await round_.collection.take("ben", round_.report(delta(2))) is Taken.COUNTS
         assert await answered(round_.collection)
         assert [update.client for update in round_.collection.updates()] == ["ada", "ben", "dan"]
 
@@ -669,7 +686,7 @@ def test_an_update_that_is_fetched_while_the_round_is_offered_again_counts(round
         assert await round_.collection.take("ben", round_.report(delta(2)))
         assert not await answered(round_.collection)
         round_.release("ada")
-        assert await first is True
+        assert await first is Taken.COUNTS
         assert await answered(round_.collection)
 
     run(story())
@@ -685,6 +702,151 @@ def test_a_fetch_that_is_broken_off_leaves_no_trace(round_: Round):
             await fetching
         assert round_.collection.missing == COHORT
         round_.release("ada")
-        assert await round_.collection.take("ada", round_.report(delta(2))) is True
+        assert await round_.collection.take("ada", round_.report(delta(2))) is Taken.COUNTS
+
+    run(story())
+
+
+# Enough is enough.
+
+
+def test_a_round_is_complete_with_as_many_as_are_wanted(tmp_path: Path):
+    round_ = Round(tmp_path, goal=2)
+
+    async def story() -> None:
+        await round_.collection.take("cyd", round_.report(delta(1)))
+        assert not await answered(round_.collection)
+        await round_.collection.take("ada", round_.report(delta(2)))
+        assert await answered(round_.collection)
+        assert round_.collection.missing == ("ben",)
+        await round_.collection.take("ben", round_.report(delta(3)))  # still open, so it counts
+        assert round_.collection.clients == COHORT
+
+    run(story())
+
+
+def test_a_round_whose_clients_have_all_been_answered_waits_for_no_more(tmp_path: Path):
+    round_ = Round(tmp_path, goal=5)
+
+    async def story() -> None:
+        for client in COHORT:
+            assert not await answered(round_.collection)
+            await round_.collection.take(client, round_.report())
+        assert await answered(round_.collection)
+
+    run(story())
+
+
+# After a restart.
+
+
+def test_what_was_accepted_before_a_restart_counts_and_is_not_fetched_again(tmp_path: Path):
+    killed = Round(tmp_path)
+    reports = {"ada": killed.report(delta(1)), "ben": killed.report(delta(2), num_examples=3)}
+
+    async def story() -> None:
+        for client, report in reports.items():
+            await killed.collection.take(client, report)
+        updates = bits(list(killed.collection.updates()))
+        before = {
+            (client, 2): (report, tmp_path / f"{client}-{report.update.sha256[:16]}")
+            for client, report in reports.items()
+        }
+        round_ = Round(tmp_path)
+        round_.collection = Collection(MANIFEST, offer(), round_._fetch, round_.past, None, before)
+        assert (round_.collection.clients, round_.collection.missing) == (("ada", "ben"), ("cyd",))
+        assert bits(list(round_.collection.updates())) == updates
+        assert round_.collection.loss == killed.collection.loss
+        assert await round_.collection.take("ada", reports["ada"]) is Taken.COUNTED
+        await round_.refused("ben", round_.report(delta(3)), "duplicate")
+        assert round_.fetched == []
+        assert not await answered(round_.collection)
+        await round_.collection.take("cyd", round_.report())
+        assert await answered(round_.collection)
+
+    run(story())
+
+
+def test_a_round_that_had_everything_is_complete_at_once(tmp_path: Path):
+    round_ = Round(tmp_path)
+    before = {(client, 2): (round_.report(delta(n)), tmp_path / client) for n, client in enumerate(COHORT)}
+    round_.collection = Collection(MANIFEST, offer(), round_._fetch, round_.past, None, before)
+    assert run(answered(round_.collection))
+
+
+@pytest.mark.parametrize("key", [RoundKey(1, 1), RoundKey(0, 9)])
+def test_an_update_that_has_counted_in_an_earlier_round_is_told_so_again(round_: Round, key: RoundKey):
+    async def story() -> None:
+        report = round_.report(key=key)
+        round_.past.updates["ada", key] = report.update
+        assert await round_.collection.take("ada", report) is Taken.COUNTED
+        await round_.refused("ada", round_.report(delta(1), key=key), "duplicate")
+        await round_.refused("ben", report, "late")
+        assert round_.collection.accepted == {}
+
+    run(story())
+
+
+# Updates that come late and may.
+
+
+def stale(folder: Path, max_staleness: int = 2) -> Round:
+    plan = replace(offer().plan, max_staleness=max_staleness)
+    round_ = Round(folder, plan=plan)
+    for number in range(3):
+        round_.past.cohorts[RoundKey(1, number)] = COHORT
+        round_.past.cohorts[RoundKey(0, number)] = COHORT
+    return round_
+
+
+def test_an_update_of_an_earlier_round_counts_with_its_staleness(tmp_path: Path):
+    round_ = stale(tmp_path)
+
+    async def story() -> None:
+        for number, client in enumerate(COHORT):
+            report = round_.report(delta(number), key=RoundKey(1, number))
+            assert await round_.collection.take(client, report) is Taken.COUNTS
+            assert await round_.collection.take(client, report) is Taken.COUNTED
+        assert {update.client: update.staleness for update in round_.collection.updates()} == {
+            "ada": 2,
+            "ben": 1,
+            "cyd": 0,
+        }
+        assert not await answered(round_.collection)  # ada and ben may train for this one too
+        await round_.collection.take("ada", round_.report(delta(4)))
+        assert [update.client for update in round_.collection.updates()] == ["ada", "ada", "ben", "cyd"]
+        await round_.refused("ada", round_.report(delta(5), key=RoundKey(1, 0)), "duplicate")
+
+    run(story())
+
+
+def test_what_is_too_stale_is_late(tmp_path: Path):
+    round_ = stale(tmp_path, max_staleness=1)
+
+    async def story() -> None:
+        await round_.refused("ada", round_.report(key=RoundKey(1, 0)), "late")
+        await round_.refused("ada", round_.report(key=RoundKey(0, 2)), "late")  # of another stage
+        await round_.refused("ada", round_.report(key=RoundKey(1, 3)), "wrong_round")
+        await round_.refused("dan", round_.report(key=RoundKey(1, 1)), "not_selected")
+        assert await round_.collection.take("ada", round_.report(key=RoundKey(1, 1))) is Taken.COUNTS
+
+    run(story())
+
+
+def test_what_comes_while_the_round_is_combined_has_to_come_again(tmp_path: Path):
+    round_ = stale(tmp_path)
+
+    async def story() -> None:
+        early, under_way = round_.report(delta(1)), round_.report(delta(2))
+        await round_.collection.take("ada", early)
+        round_.hold("ben")
+        fetching = asyncio.ensure_future(round_.collection.take("ben", under_way))
+        await settle()
+        assert round_.collection.close() == {under_way.update}
+        for client, task in (("ben", fetching), ("cyd", round_.collection.take("cyd", round_.report()))):
+            with pytest.raises(Silent):
+                await task
+            assert client not in round_.collection.clients
+        assert await round_.collection.take("ada", early) is Taken.COUNTED
 
     run(story())

@@ -9,9 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from aggregator.plan import RunPlan
+from aggregator.plan import AGGREGATIONS, SERVER_OPTIMIZERS, RunPlan
 from wire.errors import UserError
-from wire.messages import MAX_AUGMENTATIONS, MAX_LEARNING_RATE, RoundKey, TrainPlan
+from wire.messages import (
+    MAX_AUGMENTATIONS,
+    MAX_LEARNING_RATE,
+    MAX_PROXIMAL_MU,
+    MAX_STALENESS,
+    RoundKey,
+    TrainPlan,
+)
 
 NAN, INF = math.nan, math.inf
 KEY = RoundKey(2, 1)
@@ -19,6 +26,9 @@ REFUSED: list[tuple[str, Any]] = [
     *(("fraction_train", value) for value in (0, -0.5, 1.0001, 2, INF, -INF, NAN)),
     *(("min_available_clients", value) for value in (0, -1)),
     *(("min_updates", value) for value in (0, -1)),
+    *(("over_selection", value) for value in (-0.1, 10.1, INF, -INF, NAN)),
+    *(("buffer_size", value) for value in (-1, -10)),
+    *(("max_staleness", value) for value in (-1, MAX_STALENESS + 1)),
     *(("round_deadline_s", value) for value in (0, -1.0, INF, -INF, NAN)),
     *(("rounds", value) for value in (-1, -10)),
     *(("local_epochs", value) for value in (0, -1)),
@@ -26,6 +36,13 @@ REFUSED: list[tuple[str, Any]] = [
     *(("learning_rate", value) for value in (0, -1e-3, 1.1 * MAX_LEARNING_RATE, INF, -INF, NAN)),
     *(("final_learning_rate_share", value) for value in (-0.1, 1.0001, INF, -INF, NAN)),
     *(("augmentations", value) for value in (-1, MAX_AUGMENTATIONS + 1)),
+    *(("proximal_mu", value) for value in (-0.1, 1.1 * MAX_PROXIMAL_MU, INF, -INF, NAN)),
+    *(("malicious_fraction", value) for value in (-0.1, 0.5, 1.0, INF, -INF, NAN)),
+    *(("max_update_norm", value) for value in (-1.0, INF, -INF, NAN)),
+    *(("max_examples", value) for value in (-1, 2**63)),
+    *(("server_learning_rate", value) for value in (-0.1, 1.1 * MAX_LEARNING_RATE, INF, -INF, NAN)),
+    *((name, value) for name in ("server_momentum", "server_beta_2") for value in (-0.1, 1.0, INF, NAN)),
+    *(("server_tau", value) for value in (0, -1e-3, 1.1 * MAX_LEARNING_RATE, INF, -INF, NAN)),
     *(("seed", value) for value in (-1, 2**31, 2**64)),
     *(("announce_s", value) for value in (0, -5.0, INF, -INF, NAN)),
     *(("heartbeat_s", value) for value in (0, -10.0, INF, -INF, NAN)),
@@ -35,6 +52,12 @@ TAKEN: list[tuple[str, Any]] = [
     ("fraction_train", 1e-9),
     ("min_available_clients", 1),
     ("min_updates", 1),
+    ("over_selection", 0),
+    ("over_selection", 10),
+    ("buffer_size", 0),
+    ("buffer_size", 1),
+    ("max_staleness", 0),
+    ("max_staleness", MAX_STALENESS),
     ("round_deadline_s", 0.001),
     ("rounds", 0),
     ("local_epochs", 1),
@@ -51,6 +74,15 @@ TAKEN: list[tuple[str, Any]] = [
         for name in ("compression", "prefix_compression")
         for value in ("none", "float16", "int8")
     ),
+    *(("aggregation", value) for value in AGGREGATIONS),
+    *(("server_optimizer", value) for value in SERVER_OPTIMIZERS),
+    *(("proximal_mu", value) for value in (0, 0.001, MAX_PROXIMAL_MU)),
+    *(("malicious_fraction", value) for value in (0, 0.499)),
+    *(("max_update_norm", value) for value in (0, 1e-9, 1e300)),
+    *(("max_examples", value) for value in (0, 1, 2**63 - 1)),
+    *(("server_learning_rate", value) for value in (0, 1e-9, MAX_LEARNING_RATE)),
+    *((name, value) for name in ("server_momentum", "server_beta_2") for value in (0, 0.999)),
+    *(("server_tau", value) for value in (1e-9, MAX_LEARNING_RATE)),
     ("announce_s", 0.001),
     ("heartbeat_s", 0.001),
     ("seed", 0),
@@ -76,8 +108,11 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any):
         assert caught.value.hint.startswith("it must be ")
 
 
-@pytest.mark.parametrize("name", ["compression", "prefix_compression"])
-def test_an_unknown_compression_is_refused_by_name(name: str):
+WORDS = ["compression", "prefix_compression", "aggregation", "server_optimizer"]
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_unknown_word_is_refused_by_name(name: str):
     with pytest.raises(UserError, match=f"{name} is zip"):
         RunPlan(**{name: "zip"})
     with pytest.raises((UserError, msgspec.ValidationError), match=name):
@@ -85,8 +120,8 @@ def test_an_unknown_compression_is_refused_by_name(name: str):
 
 
 def test_every_setting_with_a_range_is_tried():
-    words = {"compression", "prefix_compression"}  # of which msgspec knows all that there are
-    assert {name for name, _ in REFUSED} | words == set(RunPlan.__struct_fields__)
+    # Of words, msgspec knows all that there are.
+    assert {name for name, _ in REFUSED} | set(WORDS) == set(RunPlan.__struct_fields__)
     floats = {field.name for field in msgspec.structs.fields(RunPlan) if isinstance(field.default, float)}
     assert {name for name, value in REFUSED if value != value} == floats
 
@@ -108,8 +143,17 @@ def test_a_setting_of_another_type_is_refused_by_name(name: str, value: Any):
 
 
 def test_a_client_is_told_the_settings():
-    told = RunPlan(batch_size=8, local_epochs=3).train_plan(KEY, 5)
+    told = RunPlan(batch_size=8, local_epochs=3, max_staleness=4, proximal_mu=0.25).train_plan(KEY, 5)
     assert (told.batch_size, told.local_epochs) == (8, 3)
+    assert (told.max_staleness, told.proximal_mu) == (4, 0.25)
+    assert RunPlan().train_plan(KEY, 5).proximal_mu == 0
+
+
+def test_a_buffer_smaller_than_what_a_round_needs_is_refused():
+    assert RunPlan(buffer_size=2, min_updates=2).buffer_size == 2
+    with pytest.raises(UserError, match="buffer_size is 1, and min_updates 2") as caught:
+        RunPlan(buffer_size=1, min_updates=2)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.75, 1.0])

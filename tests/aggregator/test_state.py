@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_models import bundle, small
 
 from aggregator.books import Books
+from aggregator.plan import RunPlan
 from aggregator.state import State
 from wire.compression import decompress_file, restore_file
 from wire.errors import UserError
 from wire.manifest import BlobRef, Manifest
-from wire.messages import Compression, RoundKey
+from wire.messages import Change, Compression, RoundKey
 from wire.store import Store
 from wire.tensors import Arrays, pack, unpack_file
 
@@ -59,10 +61,11 @@ class Standing:
     values: Bits
     parameters: BlobRef
     frozen: tuple[BlobRef, ...]
+    change: Change | None
 
     @classmethod
     def of(cls, state: State) -> Standing:
-        return cls(state.stage, bits(state.values), state.parameters, state.frozen)
+        return cls(state.stage, bits(state.values), state.parameters, state.frozen, state.change)
 
 
 def bits(arrays: Arrays) -> Bits:
@@ -72,18 +75,29 @@ def bits(arrays: Arrays) -> Bits:
 class Run:
     """A run without clients: random updates, and the same ones in every run."""
 
-    def __init__(self, bundle_: Bundle, folder: Path, compression: Compression = "none") -> None:
+    def __init__(
+        self, bundle_: Bundle, folder: Path, compression: Compression = "none", **settings: Any
+    ) -> None:
         self.bundle, self.manifest = bundle_, bundle_.manifest
         self.store = Store(folder / "blobs")
         self.books = Books(folder)
-        self.state = State(bundle_.folder, bundle_.manifest, self.store, compression, compression)
+        plan = RunPlan(compression=compression, prefix_compression=compression, **settings)
+        self.state = State(bundle_.folder, bundle_.manifest, self.store, plan)
         self.last = self.state.resume(self.books)
+
+    def delta(self, key: RoundKey) -> Arrays:
+        """What the updates of a round come to."""
+        rng = np.random.default_rng([key.stage, key.round])
+        return {
+            name: np.asarray(rng.standard_normal(value.shape), np.float32)
+            for name, value in self.state.trainable().items()
+        }
 
     def result(self, key: RoundKey) -> Arrays:
         """The trained groups after a round."""
-        rng = np.random.default_rng([key.stage, key.round])
+        delta = self.delta(key)
         return {
-            name: np.asarray(value + rng.standard_normal(value.shape), np.float32)
+            name: np.asarray(value + delta[name].astype(np.float64), np.float32)
             for name, value in self.state.trainable().items()
         }
 
@@ -93,8 +107,8 @@ class Run:
 
     def round(self, key: RoundKey) -> Standing:
         self.to_stage(key.stage)
-        replaced = self.state.update(self.result(key), [key.stage, key.round])
-        self.books.checkpoint(key, self.state.parameters, None, 0.5, {}, 1.0)
+        replaced = self.state.update(self.delta(key), [key.stage, key.round])
+        self.books.checkpoint(key, self.state.checkpoint(), (), 0.5, {}, 1.0)
         for ref in replaced:
             self.store.remove(ref)
         return Standing.of(self.state)
@@ -123,8 +137,8 @@ def begin(bundles: dict[str, Bundle], tmp_path: Path) -> Iterator[Begin]:
     """A run in a folder, or the one that is there already, as after a crash."""
     runs: list[Run] = []
 
-    def begin(schedule: str, name: str = "run", compression: Compression = "none") -> Run:
-        runs.append(Run(bundles[schedule], tmp_path / name, compression))
+    def begin(schedule: str, name: str = "run", compression: Compression = "none", **settings: Any) -> Run:
+        runs.append(Run(bundles[schedule], tmp_path / name, compression, **settings))
         return runs[-1]
 
     yield begin
@@ -149,7 +163,7 @@ def test_a_run_starts_with_the_bundles_values(begin: Begin, schedule: str):
     run = begin(schedule)
     everything = {name: parameter.shape for name, parameter in run.manifest.parameters.items()}
     initial = bits(unpack_file(run.bundle.folder / run.manifest.initial, everything))
-    assert Standing.of(run.state) == Standing(0, initial, run.state.parameters, ())
+    assert Standing.of(run.state) == Standing(0, initial, run.state.parameters, (), None)
     assert list(run.state.values) == list(run.manifest.parameters)
     assert run.last is None
 
@@ -181,7 +195,7 @@ def test_a_round_changes_the_trainable_groups_and_no_others(begin: Begin, schedu
 def test_the_blob_that_a_round_replaces_stays_until_it_is_removed(begin: Begin):
     run = begin("layerwise")
     before = run.state.parameters
-    (replaced,) = run.state.update(run.result(RoundKey(0, 0)), 0)
+    (replaced,) = run.state.update(run.delta(RoundKey(0, 0)), 0)
     assert replaced == before != run.state.parameters
     assert run.store.has(before)
     assert run.store.has(run.state.parameters)
@@ -189,7 +203,8 @@ def test_the_blob_that_a_round_replaces_stays_until_it_is_removed(begin: Begin):
 
 def test_a_round_that_changes_nothing_keeps_its_blob(begin: Begin):
     run = begin("layerwise")
-    replaced = run.state.update(run.state.trainable(), 0)  # at a learning rate of 0
+    still = {name: np.zeros_like(value) for name, value in run.state.trainable().items()}
+    replaced = run.state.update(still, 0)  # at a learning rate of 0
     assert not replaced
     assert run.store.has(run.state.parameters)
 
@@ -223,7 +238,7 @@ def test_a_copy_goes_its_own_way(begin: Begin):
     below = run.manifest.names_of(("image.block.0",))
     own = run.manifest.names_of(("image.block.1",))
     before = bits(run.state.values)
-    run.state.update({name: np.asarray(run.state.values[name] + 1, np.float32) for name in own}, 0)
+    run.state.update({name: np.ones_like(run.state.values[name]) for name in own}, 0)
     after = bits(run.state.values)
     assert all(after[name] == before[name] for name in below)
     run.state.values[own[0]][...] = 7  # even if it were changed in place
@@ -326,7 +341,7 @@ def test_a_round_that_was_not_written_down_does_not_count(begin: Begin, schedule
     key = killed.bundle.keys[count]
     before = Standing.of(killed.state)
     killed.to_stage(key.stage)
-    killed.state.update(killed.result(key), 0)  # killed before the checkpoint
+    killed.state.update(killed.delta(key), 0)  # killed before the checkpoint
 
     resumed = begin(schedule)
     assert Standing.of(resumed.state) == before
@@ -337,8 +352,8 @@ def test_a_round_that_was_not_written_down_does_not_count(begin: Begin, schedule
 def test_a_replaced_blob_that_was_not_removed_is_so_by_the_next_process(begin: Begin):
     killed = begin("layerwise")
     killed.rounds(1)
-    (replaced,) = killed.state.update(killed.result(RoundKey(0, 1)), 0)
-    killed.books.checkpoint(RoundKey(0, 1), killed.state.parameters, None, 0.5, {}, 1.0)
+    (replaced,) = killed.state.update(killed.delta(RoundKey(0, 1)), 0)
+    killed.books.checkpoint(RoundKey(0, 1), killed.state.checkpoint(), (), 0.5, {}, 1.0)
     resumed = begin("layerwise")
     assert not resumed.store.has(replaced)
     assert Standing.of(resumed.state) == Standing.of(killed.state)
@@ -389,7 +404,7 @@ def test_a_lost_or_damaged_round_ends_the_run(
 ):
     run = begin(schedule)
     run.rounds(6)
-    path = run.store.path(run.books.rounds()[RoundKey(stage, 1)])
+    path = run.store.path(run.books.rounds()[RoundKey(stage, 1)].parameters)
     harm(path)
     with pytest.raises(UserError, match=f"{path.name} is missing or damaged") as caught:
         begin(schedule)
@@ -405,14 +420,14 @@ def test_a_lost_or_damaged_bundle_is_the_users_to_mend(
     (tmp_path / manifest.initial).write_bytes(content)
     harm(tmp_path / manifest.initial)
     with pytest.raises(UserError):
-        State(tmp_path, manifest, Store(tmp_path / "blobs"))
+        State(tmp_path, manifest, Store(tmp_path / "blobs"), RunPlan())
 
 
 def test_the_store_holds_no_more_than_what_is_needed_to_go_on(begin: Begin):
     run = begin("layerwise")
     run.rounds(6)
     needed = {
-        *(ref.sha256 for key, ref in run.books.rounds().items() if key.round == 1),
+        *(made.parameters.sha256 for key, made in run.books.rounds().items() if key.round == 1),
         *(ref.sha256 for ref in run.state.frozen),
     }
     on_disk = {path.name for path in run.store.path(run.state.parameters).parent.iterdir()}
@@ -439,7 +454,7 @@ def test_parameters_are_what_the_change_leads_to(begin: Begin, compression: Comp
     assert run.state.change is None
     before, base = run.state.trainable(), run.state.parameters
     result = run.result(RoundKey(0, 0))
-    run.state.update(result, 0)
+    run.state.update(run.delta(RoundKey(0, 0)), 0)
     change = run.state.change
     assert change is not None
     assert (change.base, change.result) == (base, run.state.parameters)
@@ -450,8 +465,62 @@ def test_parameters_are_what_the_change_leads_to(begin: Begin, compression: Comp
         np.testing.assert_array_equal(value, before[name] + delta[name])
         step = np.abs(result[name] - before[name]).max() / {"float16": 2**10, "int8": 126}[compression]
         assert np.abs(value - result[name]).max() <= step
-    replaced = run.state.update(run.result(RoundKey(0, 1)), 1)
+    replaced = run.state.update(run.delta(RoundKey(0, 1)), 1)
     assert replaced == {change.change, change.result}
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_a_change_that_is_lost_is_only_a_longer_way(begin: Begin, compression: Compression):
+    killed = begin("layerwise", "run", compression)
+    killed.rounds(1)
+    assert killed.state.change is not None
+    killed.store.remove(killed.state.change.change)
+    resumed = begin("layerwise", "run", compression)
+    assert resumed.state.change is None
+    assert resumed.state.parameters == killed.state.parameters
+
+
+@pytest.mark.parametrize("server_optimizer", ["none", "momentum", "adam"])
+@pytest.mark.parametrize("compression", ["none", *COMPRESSED])
+def test_a_round_that_leads_beyond_float32_changes_nothing(
+    begin: Begin, compression: Compression, server_optimizer: str
+):
+    """However often, and what comes after is as if it had not been."""
+    largest = float(np.finfo(np.float32).max)
+    settings = {"server_optimizer": server_optimizer, "server_learning_rate": 2.0, "server_tau": 1e-6}
+    run = begin("layerwise", "run", compression, **settings)
+    other = begin("layerwise", "other", compression, **settings)
+    for value in (largest, -largest):
+        before = run.state.trainable()
+        run.state.update({name: np.full_like(array, value) for name, array in before.items()}, 0)
+        assert bits(run.state.trainable()) == bits(before)
+    for one in (run, other):
+        one.state.update(one.delta(RoundKey(0, 0)), 0)
+    assert bits(run.state.trainable()) == bits(other.state.trainable())
+
+
+@pytest.mark.parametrize("server_optimizer", ["momentum", "adagrad", "adam", "yogi"])
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_moments_go_on_where_a_run_was_killed_and_end_with_their_stage(
+    begin: Begin, compression: Compression, server_optimizer: str
+):
+    settings = {"server_optimizer": server_optimizer}
+    expected = begin("progressive", "whole", compression, **settings).rounds(6)
+    got = [begin("progressive", "run", compression, **settings).rounds(1)[0] for _ in range(6)]
+    assert got == expected
+    assert got != begin("progressive", "plain", compression).rounds(6)
+
+
+def test_moments_that_are_lost_begin_anew(begin: Begin, caplog: pytest.LogCaptureFixture):
+    killed = begin("layerwise", server_optimizer="momentum")
+    killed.rounds(1)
+    moments = killed.state.checkpoint().moments
+    assert moments is not None
+    killed.store.remove(moments)
+    resumed = begin("layerwise", server_optimizer="momentum")
+    assert "it begins anew" in caplog.text
+    assert bits(resumed.state.values) == bits(killed.state.values)
+    resumed.rounds(1)
 
 
 @pytest.mark.parametrize("compression", COMPRESSED)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import CLIENTS, Aggregator, Programs, Started
+from programs import CLIENTS, Aggregator, Programs, Started, paused, until
 
-from aggregator.events import ClientLeft, RoundClosed, RoundOpened, RunClosed
+from aggregator.events import ClientLeft, RoundClosed, RoundOpened, RunClosed, UpdateAccepted
 from wire.messages import RoundKey
 
 ALL = ("--min-available-clients", "3")
@@ -100,6 +101,91 @@ def test_an_aggregator_goes_on_where_it_was_killed(
     assert keys(aggregator) == EVERY_ROUND[EVERY_ROUND.index(after) + 1 :]
     assert [client.end() for client in clients.values()] == [0, 0, 0]
     assert_equal(aggregator.final(), undisturbed)
+
+
+def test_an_aggregator_killed_in_the_middle_of_a_round_asks_nobody_again(
+    programs: Programs, broker: Started, undisturbed: dict[str, np.ndarray]
+) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL)
+    clients = programs.clients(broker.url)
+    aggregator.until_a(RoundOpened)
+    with paused(clients["cy"]):
+        assert {aggregator.until_a(UpdateAccepted).client for _ in range(2)} == {"ann", "bob"}
+        aggregator.kill()
+        with paused(clients["ann"], clients["bob"]):
+            aggregator = programs.aggregator(broker.url, "run", *ALL, "--resume")
+            assert aggregator.until_a(RoundOpened).cohort == CLIENTS
+            clients["cy"].process.send_signal(signal.SIGCONT)
+            assert aggregator.until_a(RoundClosed).accepted == CLIENTS
+            assert [event.client for event in aggregator.all(UpdateAccepted)] == ["cy"]
+    aggregator.until_a(RunClosed)
+    assert keys(aggregator) == EVERY_ROUND
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
+    assert_equal(aggregator.final(), undisturbed)
+
+
+def test_a_client_killed_in_the_middle_of_its_training_goes_on_there(
+    programs: Programs, broker: Started
+) -> None:
+    options = (*ALL, "--local-epochs", "100", "--rounds", "1")
+    finals = []
+    for name in ("whole", "run"):
+        aggregator = programs.aggregator(broker.url, name, *options)
+        clients = programs.clients(broker.url, name, CLIENTS, "--checkpoint-s", "0")
+        if name == "run":
+            until(lambda: programs.is_training("ann"), "the first checkpoint")
+            clients["ann"].again()
+        aggregator.until_a(RunClosed)
+        finals.append(aggregator.final())
+    assert "going on in epoch" in clients["ann"].text()
+    assert_equal(*finals)
+
+
+def test_clients_that_are_all_gone_for_a_while(programs: Programs, broker: Started) -> None:
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *SLOW, "--round-deadline-s", "2")
+    clients = programs.clients(broker.url, "run", CLIENTS, "--checkpoint-s", "0")
+    aggregator.until_a(RoundOpened)
+    until(lambda: all(map(programs.is_training, CLIENTS)), "the first checkpoint of all")
+    for client in clients.values():
+        client.kill()
+    until(lambda: "the deadline is there" in aggregator.text(), "the deadline")
+    time.sleep(3)  # and another would be
+    assert aggregator.text().count("the deadline is there") == 1, "it waits for clients, not in circles"
+    clients = programs.clients(broker.url)
+    assert aggregator.until_a(RoundOpened).extended
+    aggregator.until_a(RunClosed)
+    assert keys(aggregator) == EVERY_ROUND
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
+
+
+def test_more_clients_are_asked_than_are_waited_for(programs: Programs, broker: Started) -> None:
+    options = ("--fraction-train", "0.6", "--over-selection", "0.5", "--rounds", "1")
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *options)
+    clients = programs.clients(broker.url)
+    opened = aggregator.until_a(RoundOpened)
+    assert opened.cohort == CLIENTS
+    with paused(clients["cy"]):
+        closed = aggregator.until_a(RoundClosed)
+        assert (closed.accepted, closed.missing) == (("ann", "bob"), ("cy",))
+    aggregator.until_a(RunClosed)
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
+
+
+def test_an_update_that_comes_rounds_later_counts_for_less(programs: Programs, broker: Started) -> None:
+    options = (*SLOW, "--buffer-size", "2", "--max-staleness", "50", "--rounds", "8")
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *options)
+    clients = programs.clients(broker.url, "run", CLIENTS, "--checkpoint-s", "0")
+    aggregator.until_a(RoundOpened)
+    until(lambda: programs.is_training("cy"), "cy's training")
+    with paused(clients["cy"]):
+        assert aggregator.until_a(RoundClosed, RoundKey(0, 1)).accepted == ("ann", "bob")
+    late = aggregator.until(lambda event: isinstance(event, UpdateAccepted) and event.client == "cy")
+    assert late.key == RoundKey(0, 0)
+    assert late.staleness >= 2
+    query = "SELECT counted_in FROM updates WHERE client = 'cy' AND stage = 0 AND round = 0"
+    assert aggregator.rows(query) == [(late.staleness,)]
+    aggregator.until_a(RunClosed)
+    assert [client.end() for client in clients.values()] == [0, 0, 0]
 
 
 def test_a_folder_of_another_run_is_not_written_over(

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from programs import CLIENTS, Programs, Started
 
 from aggregator.events import RunClosed, UpdateAccepted
 from edge_client.engines import open_engine
 from export.parity import parameter_error
+from lamina.identity.certificates import public_pem
 from wire.manifest import read_manifest
 from wire.tensors import unpack_file
 
@@ -108,6 +110,20 @@ def test_a_missing_runtime_is_said_in_one_line(client_python: str, data: Path, t
     assert done.stderr.count("\n") == 1
     assert "the engine executorch cannot run here" in done.stderr
     assert "pip install 'lamina[executorch]'" in done.stderr
+
+
+def test_a_missing_cryptography_is_said_in_one_line(client_python: str, data: Path, tmp_path: Path) -> None:
+    """A client that is to check an owner's signature does not start without the means."""
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key()
+    (tmp_path / "owner.pub").write_bytes(public_pem(key))
+    command = [client_python, "-m", "lamina", "client", "--broker", "mqtt://127.0.0.1:9"]
+    command += ["--data", str(data / "clients" / CLIENTS[0]), "--dir", str(tmp_path / "client")]
+    command += ["--owner", str(tmp_path / "owner.pub")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot be checked without cryptography" in done.stderr
+    assert 'pip install "lamina[identity]"' in done.stderr
 
 
 @pytest.mark.parametrize("version", ["oldest", "newest"])

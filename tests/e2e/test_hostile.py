@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from msgspec.structs import replace
-from programs import Programs, Started
+from programs import Programs, Started, paused
 from safetensors.numpy import save
 
 from aggregator.events import RoundClosed, RunClosed, UpdateRefused
@@ -52,18 +50,6 @@ class Liar:
         path.write_bytes(content)
         report = change(self.report(content))
         return (await asyncio.wait_for(self.link.report(report, path), 60)).refusal
-
-
-@contextlib.contextmanager
-def paused(*clients: Started) -> Iterator[None]:
-    """These clients stand still."""
-    for client in clients:
-        client.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for client in clients:
-            client.process.send_signal(signal.SIGCONT)
 
 
 async def lie(url: str, folder: Path, name: str, act: Callable[[Liar], object]) -> None:
@@ -143,7 +129,7 @@ def test_each_refusal_has_its_name_and_the_run_is_unharmed(
     }
     refused = len(answers) + 1  # and the one of the second round
     assert len(aggregator.all(UpdateRefused)) == refused
-    assert aggregator.rows("SELECT COUNT(*) FROM refusals WHERE client = 'liar'") == [(refused,)]
+    assert aggregator.rows("SELECT SUM(times) FROM refusals WHERE client = 'liar'") == [(refused,)]
     assert [event.accepted for event in aggregator.all(RoundClosed)] == [("ann", "bob")] * 2
     expected = honest.final()
     assert all(np.array_equal(value, expected[name]) for name, value in aggregator.final().items())
@@ -163,7 +149,11 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
             opened.set()
             await told.wait()
         while (await liar.link.next_offer(liar.offer)) is not None:  # the round is over by then
-            answers["late"] = await liar.send(good)
+            answers["the same in the next round"] = await liar.send(good)
+            answers["another in the next round"] = await liar.send(
+                pack({k: 3 * v for k, v in liar.delta().items()})
+            )
+            await over.wait()
             break
 
     async def outsider() -> None:
@@ -181,10 +171,13 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
                 liar = Liar(tmp_path, link, manifest, offer)
                 answers["outsider"] = await liar.send(pack(liar.delta()))
                 told.set()
+                assert await link.next_offer(offer) is not None
+                answers["late"] = await liar.send(pack(liar.delta()))
+                over.set()
 
             await beside(story(), link.pump())
 
-    opened, told = asyncio.Event(), asyncio.Event()
+    opened, told, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def both() -> None:
         await asyncio.gather(lie(broker.url, tmp_path, "liar", act), outsider())
@@ -197,6 +190,8 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
         "first": None,
         "the same again": None,
         "another": "duplicate",
+        "the same in the next round": None,
+        "another in the next round": "duplicate",
         "late": "late",
         "outsider": "not_selected",
     }

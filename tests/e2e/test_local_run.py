@@ -7,18 +7,17 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from programs import CLIENTS, lamina
+from programs import CLIENTS, Mosquitto, lamina
 from safetensors.numpy import load_file
 
 from edge_client.engines import ENGINES, graph_file
@@ -314,35 +313,12 @@ def _children(parent: int) -> dict[int, list[str]]:
     return found
 
 
-@pytest.fixture
-def mosquitto(tmp_path: Path) -> Iterator[int]:
-    """A real mosquitto; its port."""
-    program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
-    if program is None:
-        pytest.skip("mosquitto is not installed; .ci/run installs it")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
-    with (tmp_path / "mosquitto.log").open("wb") as log:
-        broker = subprocess.Popen([program, "-c", str(tmp_path / "mosquitto.conf")], stdout=log, stderr=log)
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield port
-    broker.terminate()
-    broker.wait()
-
-
 @pytest.mark.parametrize("version", [4, 5])
 def test_mosquitto_instead_of_the_embedded_broker(
-    run: Run, exported: tuple[str, str], mosquitto: int, version: int
+    run: Run, exported: tuple[str, str], real_broker: Mosquitto, version: int
 ) -> None:
     """By address only, over MQTT 3.1.1 and 5, and with the same result."""
-    url = f"mqtt://127.0.0.1:{mosquitto}?version={version}"
+    url = f"{real_broker.url}?version={version}"
     result, _ = run(f"mosquitto-{version}", *exported, "--broker", url)
     embedded, _ = run("layerwise", *LAYERWISE)
     assert result["total"]["metrics"] == embedded["total"]["metrics"]

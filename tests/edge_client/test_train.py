@@ -16,6 +16,7 @@ from small_world import NUM_EXAMPLES, World
 
 from edge_client.cache import FeatureCache
 from edge_client.engines import ENGINES, open_engine
+from edge_client.engines.proximal import draw
 from edge_client.features import Stopped
 from edge_client.train import train
 from wire.messages import TrainPlan
@@ -41,7 +42,7 @@ class Recorder:
     """An engine that writes down what it is told; the loss of its n-th step is n. `stop` is set then."""
 
     def __init__(self, stop_after=None):
-        self.calls, self.batches, self.rates, self.views = [], [], [], []
+        self.calls, self.batches, self.rates, self.pulls, self.views = [], [], [], [], []
         self.stop, self.stop_after = Event(), stop_after
 
     def load(self, parameters):
@@ -56,6 +57,11 @@ class Recorder:
         if len(self.batches) == self.stop_after:
             self.stop.set()
         return float(len(self.batches))
+
+    def pull(self, anchor, rate):
+        self.calls.append("pull")
+        self.pulls.append(rate)
+        assert all(np.array_equal(anchor[name], value) for name, value in OFFERED.items())
 
     def parameters(self):
         self.calls.append("parameters")
@@ -173,6 +179,38 @@ def test_the_learning_rate_is_the_plans():
     assert engine.rates == [0.03] * 6
 
 
+def test_each_step_is_drawn_towards_what_was_offered():
+    engine = Recorder()
+    engine.train(learning_rate=0.5, proximal_mu=0.25)
+    assert engine.calls == ["load", *["step", "pull"] * 3, "parameters"]
+    assert engine.pulls == [0.125] * 3
+
+
+class Quadratic:
+    """Trains one number by plain gradient steps on (w - 10)^2."""
+
+    def load(self, parameters):
+        self.values = {"w": parameters["w"].copy()}
+
+    def train_step(self, batch, learning_rate):
+        self.values["w"] -= np.float32(learning_rate) * 2 * (self.values["w"] - 10)
+        return 0.0
+
+    def pull(self, anchor, rate):
+        draw(self.values.items(), anchor, rate)
+
+    def parameters(self):
+        return {name: value.copy() for name, value in self.values.items()}
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 2.0, 100.0])
+def test_plain_gradient_steps_end_where_fedprox_wants_them(mu):
+    """At the minimum of (w - 10)^2 + mu/2 (w - w0)^2, for w0 = 4."""
+    plan = TrainPlan(learning_rate=0.1, batch_size=1, local_epochs=10, seed=0, proximal_mu=mu)
+    trained = train(Quadratic(), {"w": np.array(4, np.float32)}, Numbers(), plan, "ann", Event())
+    assert 4 + trained.delta["w"] == pytest.approx((2 * 10 + mu * 4) / (2 + mu), rel=1e-5)
+
+
 def test_the_loss_is_the_mean_over_the_last_epochs_examples():
     assert Recorder().train().loss == pytest.approx((1 * 8 + 2 * 8 + 3 * 4) / 20)
     assert Recorder().train(local_epochs=2).loss == pytest.approx((4 * 8 + 5 * 8 + 6 * 4) / 20)
@@ -211,12 +249,12 @@ def learn(tmp_path_factory):
         "onnx",
     )
 
-    def learn(engine, stage, epochs):
+    def learn(engine, stage, epochs, mu=0.0):
         world.prepare(cache, stage)
         features = cache.features(world.offer(stage))
         names = world.manifest.names_of(world.manifest.stages[stage].trainable)
         offered = {name: world.values[name] for name in names}
-        plan = TrainPlan(learning_rate=1e-2, batch_size=8, local_epochs=epochs, seed=3)
+        plan = TrainPlan(1e-2, 8, epochs, seed=3, proximal_mu=mu)
         with open_engine(engine, world.folder.joinpath, world.manifest, stage) as opened:
             trained = train(opened, offered, features, plan, "ann", Event())
             after = opened.parameters()
@@ -242,3 +280,14 @@ def test_training_twice_gives_the_same_bits(learn, engine, stage):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_loss_falls(learn, engine, stage):
     assert learn(engine, stage, 20).loss < 0.5 * learn(engine, stage, 1).loss
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_proximal_client_stays_nearer_to_what_it_was_offered(learn, engine):
+    def length(trained):
+        return float(np.sqrt(sum(np.square(value).sum() for value in trained.delta.values())))
+
+    free, held, tied = (learn(engine, 1, 4, mu) for mu in (0.0, 10.0, 1e6))
+    assert length(tied) < 0.01 * length(free)
+    assert length(held) < 0.7 * length(free)
+    assert free.loss < held.loss < tied.loss

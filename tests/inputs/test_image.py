@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,27 @@ def test_a_photo_is_turned_as_the_camera_says(tmp_path: Path) -> None:
     turned = encode(image, tmp_path, exif=exif)
     assert turned[:, :, SIZE // 2 :].min() == 255
     assert turned[:, :, : SIZE // 2].max() == 0
+
+
+@pytest.mark.parametrize(("mode", "bytes_each"), [("RGB", 4), ("RGBA", 12), ("P", 13)])
+def test_a_large_picture_takes_a_few_bytes_a_pixel(tmp_path: Path, mode: str, bytes_each: int) -> None:
+    """In a process of its own, whose peak is this picture's."""
+    num_pixels = 4000 * 3000
+    Image.new(mode, (4000, 3000)).save(tmp_path / "a.png")
+    script = (
+        "import resource, sys; from pathlib import Path; from inputs.image import ImageReader\n"
+        "from wire.manifest import Modality, TensorSpec\n"
+        "modality = Modality('image', {'image': TensorSpec((3, 16, 16), 'float32')}, {'size': 16})\n"
+        "reader, folder = ImageReader(modality, Path), Path(sys.argv[1])\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "reader.encode(folder, 'small.png'); before = peak(); reader.encode(folder, 'a.png')\n"
+        "print(peak() - before)"
+    )
+    Image.new(mode, (16, 16)).save(tmp_path / "small.png")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < (bytes_each + 1) * num_pixels
 
 
 def test_a_large_jpeg_keeps_its_colours(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ HELP = [
     *((name,) for name in COMMANDS),
     ("data", "prepare"),
     ("data", "prepare", "emoji"),
+    ("client", "list"),
+    ("client", "revoke"),
 ]
 USAGE, NO_BROKER, STOPPED = 2, 69, 130
 
@@ -145,6 +147,14 @@ def test_help(helps, words):
         assert names == list(COMMANDS)
 
 
+def test_what_lamina_client_can_do_besides(helps):
+    told = helps[("client",)].stdout
+    assert "--broker" in told
+    for name in ("list", "revoke"):
+        assert f"  lamina client {name} " in told
+        assert "--dir" in helps[("client", name)].stdout
+
+
 def test_the_version(folder):
     done = lamina(folder, "--version")
     assert (done.returncode, done.stderr) == (0, "")
@@ -153,6 +163,7 @@ def test_the_version(folder):
 
 CLIENT = ("client", "--broker", "BROKER", "--data", "examples", "--dir", "state")
 AGGREGATOR = ("aggregator", "--broker", "BROKER", "--bundle", "bundles/small", "--dir", "state")
+TLS = ("client", "--broker", "mqtts://127.0.0.1:9", "--data", "examples", "--dir", "state")
 ROWS = ("--model", "tiny", "--data", "captions", "--column", "text=caption", "--out", "out")
 MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     # The command and its options.
@@ -184,6 +195,27 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*CLIENT, "--broker", "mqtt://here?version=3"), ("version 3",)),
     ((*AGGREGATOR, "--broker", "http://here"), ("'http://here'", "mqtt://host:1883")),
     (("run", "--data", "no", "--broker", "here/there"), ("'here/there'", "mqtt://host:1883")),
+    # Who is who.
+    ((*CLIENT, "--ca", "nowhere"), ("is without TLS", "mqtts://")),
+    ((*TLS, "--ca", "nowhere"), ("nowhere cannot be read", "--ca, --cert and --key")),
+    ((*TLS, "--ca", "examples/table.csv"), ("examples/table.csv holds no certificate",)),
+    ((*TLS, "--cert", "examples/table.csv"), ("belong together", "give both --cert and --key")),
+    ((*CLIENT, "--owner", "nowhere"), ("nowhere cannot be read",)),
+    ((*CLIENT, "--owner", "examples/table.csv"), ("is not an owner's public key", "owner.pub")),
+    ((*AGGREGATOR, "--owner", "examples/table.csv"), ("is not an owner's public key",)),
+    (("provision", "new"), ("where will the broker be?", "--broker-host 192.0.2.10")),
+    (("provision", "new", "--broker-host", "mqtts://here"), ("'mqtts://here' is not a host",)),
+    (("provision", "new", "--broker-host", "here", "--client", "a/b"), ("the client's name 'a/b'",)),
+    (("provision", "new", "--broker-host", "here", "--client", "Broker"), ("cannot be called 'Broker'",)),
+    (("provision", "examples", "--broker-host", "here"), ("examples holds something else",)),
+    (("client", "list", "--dir", "examples"), ("examples was not made by lamina provision",)),
+    (("client", "list"), ("--dir",)),
+    (("client", "revoke", "ann", "--dir", "nowhere"), ("nowhere was not made by lamina provision",)),
+    (("client", "revoke", "--dir", "nowhere"), ("NAME",)),
+    (("client", "lst"), ("--broker",)),
+    (("sign", "nowhere", "--key", "owner.key"), ("nowhere holds no bundle",)),
+    (("sign", "bundles/small", "--key", "nowhere"), ("nowhere cannot be read", "--key")),
+    (("sign", "bundles/small", "--key", "examples/table.csv"), ("is not an owner's private key",)),
     # Data.
     ((*CLIENT, "--data", "nowhere"), ("there is no folder nowhere",)),
     ((*CLIENT, "--data", "empty"), ("empty holds neither table.csv nor table.parquet",)),
@@ -234,6 +266,8 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*AGGREGATOR, "--rounds", "-1"), ("rounds is -1", "0 or more")),
     ((*AGGREGATOR, "--rounds", "x"), ("--rounds", "x")),
     ((*AGGREGATOR, "--learning-rate", "nan"), ("learning_rate is nan",)),
+    ((*AGGREGATOR, "--aggregation", "mean"), ("--aggregation", "mean")),
+    ((*AGGREGATOR, "--malicious-fraction", "0.5"), ("malicious_fraction is 0.5", "less than 0.5")),
     ((*AGGREGATOR, "--chunk-bytes", "1"), ("1 bytes", "1024")),
 ]
 
@@ -304,17 +338,20 @@ def config(tmp_path: Path) -> Callable[[str | bytes], list[str]]:
 
 
 def test_a_config_file_gives_options(folder, tmp_path, closed, config):
-    client = f'broker = "{closed}"\ndata = "examples"\nname = "ann"\nthreads = 1\n'
-    aggregator = f'broker = "{closed}"\nbundle = "bundles/small"\n'
+    client = f'broker = "{closed}"\ndata = "{folder}/examples"\nname = "ann"\nthreads = 1\n'
+    aggregator = f'broker = "{closed}"\nbundle = "{folder}/bundles/small"\n'
     done = laminas(
         folder,
         [
             ["client", *config(client), "--dir", str(tmp_path / "state")],
             ["client", *config(client.replace("ann", "a/b"))],
-            ["aggregator", *config(aggregator + 'holdout = "empty"\n')],
+            ["aggregator", *config(aggregator + f'holdout = "{folder}/empty"\n')],
             ["aggregator", *config(aggregator + "fraction-train = 1.5\n")],
             ["aggregator", *config(aggregator + "fraction_train = 2.5\n")],
-            ["aggregator", *config(aggregator + 'holdout = "examples"\n[column]\ntext = "nosuch"\n')],
+            [
+                "aggregator",
+                *config(aggregator + f'holdout = "{folder}/examples"\n[column]\ntext = "nosuch"\n'),
+            ],
         ],
     )
     assert_refused(done[5], USAGE, "no column 'nosuch'")
@@ -324,6 +361,24 @@ def test_a_config_file_gives_options(folder, tmp_path, closed, config):
     assert_refused(done[2], USAGE, "empty holds neither")
     assert_refused(done[3], USAGE, "fraction_train is 1.5")
     assert_refused(done[4], USAGE, "fraction_train is 2.5")
+
+
+def test_a_path_in_a_config_file_starts_at_its_folder(folder, tmp_path, closed):
+    """One on the command line starts where the command does, as ever."""
+    shutil.copytree(folder / "examples", tmp_path / "here" / "examples")
+    options = tmp_path / "here" / "client.toml"
+    options.write_text(f'broker = "{closed}"\ndata = "examples"\ndir = "state"\n')
+    beside, other = laminas(
+        tmp_path,
+        [["client", "--config", str(options)], ["client", "--config", str(options), "--data", "here"]],
+    )
+    assert_refused(beside, NO_BROKER, closed)
+    assert (tmp_path / "here" / "state" / "blobs").is_dir()
+    assert_refused(other, USAGE, "here holds neither")
+    exported = tmp_path / "here" / "export.toml"
+    exported.write_text('data = ["examples", "empty"]\n')
+    (listed,) = laminas(tmp_path, [["export", "--config", str(exported)]])
+    assert_refused(listed, USAGE, f"there is no folder {tmp_path / 'here' / 'empty'}")
 
 
 def test_the_command_line_comes_first(folder, tmp_path, closed, config):
@@ -382,7 +437,8 @@ def loaded(*words):
     try:
         main()
     except SystemExit as end:
-        print(*sorted({"torch", "onnx", "onnxscript", "rich"} & set(sys.modules)), end.code, sep=",")
+        names = {"torch", "onnx", "onnxscript", "rich", "cryptography"}
+        print(*sorted(names & set(sys.modules)), end.code, sep=",")
 broker, client, aggregator = sys.argv[1:]
 import lamina.client_command, edge_client.session
 loaded("client", "--help")

@@ -72,7 +72,7 @@ def run(network: Network, *fetches: Coroutine[Any, Any, bytes]) -> list[bytes]:
         return list(await asyncio.gather(*fetches))
 
     async def bounded() -> list[bytes]:
-        return await asyncio.wait_for(beside(main(), network.sender.serve()), 20)
+        return await asyncio.wait_for(beside(main(), network.sender.serve()), 60)
 
     return asyncio.run(bounded())
 
@@ -183,6 +183,23 @@ def test_silence_ends_a_fetch_that_does_not_want_to_wait(tmp_path: Path) -> None
         run(network, network.fetch("a", silence_s=0.5))
 
 
+def test_a_fetch_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Of the sender's chunks only every third arrives; the receiver gives up, and a new one goes on."""
+    network = Network(tmp_path, ("a",), lambda packet: [packet] if packet[11] % 3 == 0 else [])
+    network.offer()
+
+    async def given_up() -> bytes:
+        with pytest.raises(Silent):
+            await network.fetch("a", silence_s=0.3)
+        return b""
+
+    run(network, given_up())
+    again = Network(tmp_path, ("a",))
+    again.offer()
+    assert run(again, again.fetch("a")) == [CONTENT]
+    assert len(again.published) <= 35, "41 chunks, of which some had come"
+
+
 def test_only_what_is_offered_can_be_had(tmp_path: Path) -> None:
     network = Network(tmp_path, ("a",))
     ref = network.offer()
@@ -225,7 +242,7 @@ def test_a_full_disk_is_told_where_it_matters(tmp_path: Path, monkeypatch: pytes
     network.offer()
 
     class Full:
-        def seek(self, _offset: int) -> None:
+        def write(self, *_chunk: object) -> None:
             raise OSError(28, "No space left on device")
 
     incoming = network.receivers["a"]._incoming
@@ -233,7 +250,7 @@ def test_a_full_disk_is_told_where_it_matters(tmp_path: Path, monkeypatch: pytes
     async def fetch() -> bytes:
         task = asyncio.ensure_future(network.fetch("a"))
         await asyncio.sleep(0.01)  # less than the sender waits before it sends
-        monkeypatch.setattr(next(iter(incoming.values())), "file", Full())
+        monkeypatch.setattr(next(iter(incoming.values())), "partial", Full())
         return await task
 
     with pytest.raises(UserError, match="No space left"):

@@ -16,6 +16,7 @@ from wire.messages import (
     MAX_LEARNING_RATE,
     MAX_MESSAGE_BYTES,
     MAX_OFFER_BYTES,
+    MAX_PROXIMAL_MU,
     Announcement,
     Bye,
     Change,
@@ -73,7 +74,7 @@ def offer(**changes: Any) -> Offer:
         "cohort": ("ada", "ben"),
         "parameters": BlobRef.of(b"parameters"),
         "frozen": (BlobRef.of(b"first"), BlobRef.of(b"second")),
-        "plan": TrainPlan(1e-3, 32, 2, 2**63 - 1, "int8", "float16", 4),
+        "plan": TrainPlan(1e-3, 32, 2, 2**63 - 1, "int8", "float16", 4, 3, 0.01),
         "deadline_s": 599.5,
         "change": Change(BlobRef.of(b"before"), BlobRef.of(b"change"), BlobRef.of(b"parameters")),
     }
@@ -228,6 +229,7 @@ def test_a_field_of_another_type_or_none_at_all_is_refused(message: Message):
         (Offer, ("plan", "learning_rate"), -1e-3),
         (Offer, ("plan", "learning_rate"), NAN),
         (Offer, ("plan", "seed"), -1),
+        *((Offer, ("plan", "proximal_mu"), mu) for mu in (-1e-3, 2 * MAX_PROXIMAL_MU, INF, -INF, NAN)),
         # What follows is of the right type.
         *((Announcement, ("chunk_bytes",), size) for size in (-1, 0, 20, MIN_CHUNK_BYTES - 1)),
         *((Announcement, ("chunk_bytes",), size) for size in (MAX_CHUNK_BYTES + 1, 2**64 - 1)),
@@ -278,6 +280,7 @@ def test_a_value_that_cannot_be_is_refused(kind: type[Any], path: tuple[Any, ...
         *((Offer, ("cohort", 1), name) for name in ("a", "0", "a" * 64, "pi-4.b_c")),
         *((Announcement, ("heartbeat_s",), seconds) for seconds in (0, 1e9)),
         *((Offer, ("plan", "learning_rate"), rate) for rate in (0, 0.0, 1e-30, MAX_LEARNING_RATE)),
+        *((Offer, ("plan", "proximal_mu"), mu) for mu in (0, 0.0, 1e-30, MAX_PROXIMAL_MU)),
         *((Offer, ("plan", name), 2**31) for name in ("batch_size", "local_epochs")),
         *((Offer, ("plan", "seed"), seed) for seed in (0, 2**63 - 1)),
         *((Report, ("num_examples",), count) for count in (0, 2**63 - 1)),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
 from wire.errors import TransportError, UserError
-from wire.mqtt import MAX_WAITING, Broker, Connection, Packet
+from wire.mqtt import CONNECT_TIMEOUT_S, MAX_WAITING, Broker, Connection, Packet
 
 PATIENCE_S = 30
 
@@ -174,6 +176,33 @@ def test_something_else_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
         run(main)
 
 
+@pytest.mark.parametrize(
+    ("tls", "line"), [(False, "does not answer as an MQTT broker"), (True, "before TLS was agreed on")]
+)
+def test_something_that_hangs_up(tls: bool, line: str) -> None:
+    """It is told at once, not after a time of trying again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(10)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+        async def main() -> None:
+            other = await asyncio.start_server(hang_up, sock=server)
+            begin = time.monotonic()
+            with pytest.raises(TransportError, match=line) as caught:
+                async with Connection(Broker("127.0.0.1", server.getsockname()[1], tls=tls), "a"):
+                    pass
+            assert caught.value.hint
+            assert time.monotonic() - begin < CONNECT_TIMEOUT_S / 2
+            other.close()
+            await other.wait_closed()
+
+        run(main)
+
+
 def test_a_broker_that_refuses_us() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -193,6 +222,118 @@ def test_a_broker_that_refuses_us() -> None:
             await refusing.wait_closed()
 
         run(main)
+
+
+Acknowledge = Callable[[int, int], Coroutine[Any, Any, bool]]
+
+
+class Moody:
+    """A broker that acknowledges a publish if, and when, it likes. acknowledge: (connection, number of the
+    publish on it), both from 0 -> whether; connections: how many there were.
+    """
+
+    def __init__(self, acknowledge: Acknowledge) -> None:
+        self.connections = 0
+        self.published: list[tuple[int, bytes]] = []
+        self._acknowledge = acknowledge
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection, number = self.connections, 0
+        self.connections += 1
+        try:
+            while True:
+                kind, size = await reader.readexactly(2)  # no packet here is longer than 127 bytes
+                body = await reader.readexactly(size)
+                if kind >> 4 == 1:
+                    writer.write(b"\x20\x02\x00\x00")
+                elif kind >> 4 == 3:
+                    start = 2 + int.from_bytes(body[:2], "big")
+                    self.published.append((connection, body[start + 2 :]))
+                    if await self._acknowledge(connection, number):
+                        writer.write(b"\x40\x02" + body[start : start + 2])
+                    number += 1
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    def run(self, story: Callable[[Connection], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+            async with Connection(Broker("127.0.0.1", server.sockets[0].getsockname()[1]), "a") as a:
+                await story(a)
+            server.close()
+
+        run(main)
+
+
+async def publish_all(connection: Connection, count: int) -> None:
+    await asyncio.gather(*(connection.publish("t", bytes([n])) for n in range(count)))
+
+
+def test_what_is_not_acknowledged_is_sent_again_on_a_new_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only that: what the broker has acknowledged it does not get twice."""
+    monkeypatch.setattr("wire.mqtt.ACK_S", 0.4)
+
+    async def acknowledge(connection: int, number: int) -> bool:
+        return connection > 0 or number in (0, 2)
+
+    broker = Moody(acknowledge)
+    broker.run(lambda connection: publish_all(connection, 4))
+    assert broker.connections == 2
+    assert broker.published == [(0, b"\0"), (0, b"\1"), (0, b"\2"), (0, b"\3"), (1, b"\1"), (1, b"\3")]
+    assert "left a message unacknowledged" in caplog.text
+
+
+def test_a_broker_that_takes_its_time_with_each_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last waits for longer than our patience, which is for the oldest."""
+    monkeypatch.setattr("wire.mqtt.ACK_S", 0.5)
+
+    async def acknowledge(_connection: int, _number: int) -> bool:
+        await asyncio.sleep(0.2)
+        return True
+
+    broker = Moody(acknowledge)
+    broker.run(lambda connection: publish_all(connection, 6))
+    assert broker.connections == 1
+
+
+def test_patience_grows_with_a_slow_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wire.mqtt.ACK_S", 0.3)
+
+    async def acknowledge(_connection: int, _number: int) -> bool:
+        await asyncio.sleep(0.5)
+        return True
+
+    async def story(connection: Connection) -> None:
+        for n in range(4):
+            await connection.publish("t", bytes([n]))
+
+    broker = Moody(acknowledge)
+    broker.run(story)
+    assert broker.connections == 2, "once too soon, never again"
+
+
+def test_who_gives_up_on_a_publish_does_not_hurry_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wire.mqtt.ACK_S", 0.6)
+
+    async def acknowledge(_connection: int, number: int) -> bool:
+        await asyncio.sleep(0.4 if number else 0)
+        return number > 0
+
+    async def story(connection: Connection) -> None:
+        first = asyncio.ensure_future(connection.publish("t", b"1"))
+        await asyncio.sleep(0.4)
+        second = asyncio.ensure_future(connection.publish("t", b"2"))
+        await asyncio.sleep(0)
+        first.cancel()
+        await second
+
+    broker = Moody(acknowledge)
+    broker.run(story)
+    assert broker.connections == 1
 
 
 @pytest.mark.parametrize(
@@ -232,3 +373,22 @@ def test_what_is_not_an_address(url: str) -> None:
 
 def test_no_password_in_a_log() -> None:
     assert str(Broker.parse("mqtts://me:secret@pi:1")) == "mqtts://pi:1"
+    assert "secret" not in repr(Broker.parse("mqtts://me:secret@pi:1"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "me:secret@pi:1883",
+        "mqtt:/me:secret@pi",
+        "mqtt:me:secret@pi",
+        "mqtt://me:secret@pi:x",
+        "mqtt://me:/secret@pi:x",
+        "http://me:sec@secret@pi",
+    ],
+)
+def test_no_password_of_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Broker.parse(url)
+    assert "secret" not in str(caught.value) + caught.value.hint
+    assert "pi" in str(caught.value)

@@ -31,12 +31,23 @@ STORIES: dict[str, tuple[Role, list[tuple[Event, State]]]] = {
         AGGREGATOR,
         [
             (Event.OFFER, State.COLLECTING),
+            (Event.DEADLINE, State.WAITING),
             (Event.EXTEND, State.COLLECTING),
+            (Event.DEADLINE, State.WAITING),
             (Event.EXTEND, State.COLLECTING),
             (Event.UPDATE, State.COLLECTING),
             (Event.CLOSE, State.COMBINING),
             (Event.CHECKPOINT, State.IDLE),
             (Event.OFFER, State.COLLECTING),
+        ],
+    ),
+    "all are gone, and come back with what they had": (
+        AGGREGATOR,
+        [
+            (Event.OFFER, State.COLLECTING),
+            (Event.DEADLINE, State.WAITING),
+            (Event.UPDATE, State.WAITING),
+            (Event.CLOSE, State.COMBINING),
         ],
     ),
     "two rounds of a client": (
@@ -184,6 +195,7 @@ def test_a_client_that_is_late_joins_the_next_round():
     pair.aggregator.move(Event.OFFER)
     pair.client.move(Event.OFFER)
     pair.client.move(Event.FETCHED)
+    pair.aggregator.move(Event.DEADLINE)
     pair.aggregator.move(Event.EXTEND)
     pair.aggregator.move(Event.UPDATE)  # another client's
     pair.aggregator.move(Event.CLOSE)

@@ -180,6 +180,16 @@ def test_ranges_that_the_blob_has_not_are_malformed(ranges: tuple[tuple[int, int
     assert owed.next() is None
 
 
+def test_ranges_that_name_a_chunk_again_and_again_are_malformed() -> None:
+    """A message of 64 KiB has room for 16,000 of them, and each would cost as much as the whole blob."""
+    ref, owed = blob(3 * DATA)[0], Owed()
+    owed.add("a", ref, ((0, 2), (1, 2)), SIZE)
+    assert [index for _, index, _ in drain(owed)] == [0, 1]
+    with pytest.raises(Malformed, match="more chunks than"):
+        owed.add("a", ref, ((0, 2), (0, 2)), SIZE)
+    assert owed.next() is None
+
+
 @settings(derandomize=True)
 @given(st.sets(st.integers(0, 50)))
 def test_ranges_hold_the_indices_and_no_others(indices: set[int]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -80,6 +82,71 @@ def start(log: Path, *arguments: str) -> Iterator[Started]:
         yield started
     finally:
         started.kill()
+
+
+@contextlib.contextmanager
+def paused(*programs: Started) -> Iterator[None]:
+    """These programs stand still."""
+    for program in programs:
+        program.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.process.send_signal(signal.SIGCONT)
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    """Wait for something that nobody tells of."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"{what} has not come about"
+        time.sleep(0.02)
+
+
+class Mosquitto:
+    """A real broker on a port of its own; it keeps nothing on disk, so it comes back empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self._program = mosquitto()
+        self._log = folder / "mosquitto.log"
+        self._configuration = folder / "mosquitto.conf"
+        self._configuration.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
+        self.start()
+
+    def start(self) -> None:
+        """Return once it listens."""
+        assert self._program is not None
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [self._program, "-c", str(self._configuration)], stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"mosquitto does not listen: {self._log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def mosquitto() -> str | None:
+    """Its program, where it is installed."""
+    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class Aggregator(Started):
@@ -166,8 +233,14 @@ class Programs:
         self._stack.callback(started.kill)
         return started
 
-    def clients(self, url: str, name: str = "run", names: tuple[str, ...] = CLIENTS) -> dict[str, Started]:
-        return {client: self.client(url, client, name) for client in names}
+    def clients(
+        self, url: str, name: str = "run", names: tuple[str, ...] = CLIENTS, *options: str
+    ) -> dict[str, Started]:
+        return {client: self.client(url, client, name, *options) for client in names}
+
+    def is_training(self, client: str, name: str = "run") -> bool:
+        """Whether a client with `--checkpoint-s 0` is past the first step of a round."""
+        return (self._folder / f"{name}-{client}" / "training" / "progress").exists()
 
 
 def lamina(*arguments: str, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,1 @@
+"""Who is who: keys, certificates and signatures. Start at `lamina/identity/federation.py`."""

@@ -1,0 +1,113 @@
+"""A provisioned folder, the mosquitto that it configures, and the programs that are started with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from programs import Aggregator, Started, lamina
+
+from wire.mqtt import Broker, Connection
+from wire.tls import Credentials
+
+PROGRAM = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Mosquitto:
+    """mosquitto with the files of `folder`, which is the provisioned one's `broker`."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.log = folder.parent / "mosquitto.log"
+        if os.geteuid() == 0:  # else it would give up its rights, and could not read the keys
+            with (folder / "mosquitto.conf").open("a") as file:
+                file.write("user root\n")
+        self.start()
+
+    def start(self) -> None:
+        assert PROGRAM is not None
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [PROGRAM, "-c", "mosquitto.conf"], cwd=self.folder, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+class Secured:
+    """Programs that are started with nothing but what they were provisioned with."""
+
+    def __init__(self, folder: Path, port: int, data: Path, stack: contextlib.ExitStack) -> None:
+        self.folder, self.port = folder, port
+        self.url = f"mqtts://127.0.0.1:{port}"
+        self._data, self._stack = data, stack
+        self.mosquitto = Mosquitto(folder / "broker", port)
+        stack.callback(self.mosquitto.stop)
+
+    def client(self, name: str, *options: str, home: Path | None = None) -> Started:
+        words = self.client_words(name, *options, home=home)
+        return self._started(Started(words, self.folder / f"{name}.log"))
+
+    def client_words(self, name: str, *options: str, home: Path | None = None) -> tuple[str, ...]:
+        config = (home or self.folder / "clients" / name) / "client.toml"
+        words = ("client", "--config", str(config), "--data", str(self._data / "clients" / name))
+        return (*words, "--dir", str(self.folder / "states" / name), "--threads", "1", *options)
+
+    def aggregator(self, bundle: Path, *options: str) -> Aggregator:
+        home = self.folder / "aggregator"
+        words = ("aggregator", "--config", str(home / "aggregator.toml"), "--bundle", str(bundle), "--json")
+        words += ("--name", "run", "--dir", str(home / "run"), "--batch-size", "8", "--announce-s", "1")
+        words += ("--heartbeat-s", "2", *options)
+        return self._started(Aggregator(words, self.folder / "aggregator.log", home / "run"))
+
+    def credentials(self, name: str) -> Credentials:
+        role = "aggregator" if name == "aggregator" else "client"
+        home = self.folder / role if role == "aggregator" else self.folder / "clients" / name
+        return Credentials(home / "ca.crt", home / f"{role}.crt", home / f"{role}.key")
+
+    def connection(self, name: str, version: int = 5, client_id: str = "") -> Connection:
+        """As a client made by hand would connect."""
+        broker = Broker.parse(f"{self.url}?version={version}", self.credentials(name))
+        return Connection(broker, client_id or name)
+
+    def _started(self, program: Started) -> Started:
+        self._stack.callback(program.kill)
+        return program
+
+
+def provision(folder: Path, port: int, *clients: str) -> None:
+    words = [word for client in clients for word in ("--client", client)]
+    done = lamina(
+        "provision", str(folder), "--broker-host", "127.0.0.1", "--broker-port", str(port), *words
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def sign(bundle: Path, key: Path) -> None:
+    done = lamina("sign", str(bundle), "--key", str(key))
+    assert done.returncode == 0, done.stderr
