@@ -13,17 +13,22 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from aggregator.events import Figures
-from wire.errors import UserError
+from wire.errors import PeerError, UserError
 from wire.manifest import BlobRef
 from wire.messages import Change, Offer, Report, RoundKey, Usage, decode, encode
 
 NAME = "books.sqlite"
 VERSION = 1  # changes with the tables
+
+T = TypeVar("T")
+
+_UNREADABLE = (sqlite3.Error, msgspec.MsgspecError, UnicodeDecodeError, PeerError)
+"""What a damaged file may raise: SQLite quotes in its errors what is no text any more."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run(
@@ -85,7 +90,7 @@ class Books:
             self._database.executescript(_SCHEMA)
             ((version,),) = self._database.execute("PRAGMA user_version")
             self._database.execute(f"PRAGMA user_version={version or VERSION}")
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *_UNREADABLE) as error:
             raise UserError(f"{self._path} cannot be used: {error}", "choose another --dir") from error
         if version not in (0, VERSION):
             raise UserError(f"{self._path} is of another version of Lamina", "choose another --dir")
@@ -112,7 +117,10 @@ class Books:
     def opened(self) -> tuple[Offer, int | None] | None:
         """The offer of the round that is open, and its goal."""
         row = self._one("SELECT offer, goal FROM opened")
-        return (decode(row[0], Offer), row[1]) if row else None
+        if not row:
+            return None
+        with self._reading():
+            return decode(row[0], Offer), row[1]
 
     def checkpoint(
         self,
@@ -163,14 +171,14 @@ class Books:
         )
         found = []
         for client, number, sha256, size_bytes, groups, num_examples, loss in rows:
-            update, names = BlobRef(sha256, size_bytes), msgspec.json.decode(groups, type=tuple[str, ...])
+            update, names = BlobRef(sha256, size_bytes), self._from_json(groups, tuple[str, ...])
             found.append((client, Report(RoundKey(key.stage, number), update, names, num_examples, loss)))
         return found
 
     def cohort(self, key: RoundKey) -> tuple[str, ...]:
         """Who was asked in a round that is done; nobody, if it is not."""
         row = self._one("SELECT cohort FROM rounds WHERE stage = ? AND round = ?", *_key(key))
-        return msgspec.json.decode(row[0], type=tuple[str, ...]) if row else ()
+        return self._from_json(row[0], tuple[str, ...]) if row else ()
 
     def counted(self, client: str, key: RoundKey) -> BlobRef | None:
         """The client's update for a round, if it takes part in one."""
@@ -209,10 +217,7 @@ class Books:
     def rounds(self) -> dict[RoundKey, Checkpoint]:
         """The rounds that are done, in order."""
         rows = self._read("SELECT stage, round, checkpoint FROM rounds ORDER BY stage, round")
-        return {
-            RoundKey(stage, number): msgspec.json.decode(text, type=Checkpoint)
-            for stage, number, text in rows
-        }
+        return {RoundKey(stage, number): self._from_json(text, Checkpoint) for stage, number, text in rows}
 
     def clients_told(self, key: RoundKey) -> set[str]:
         """Clients whose usage of a round is known."""
@@ -236,7 +241,7 @@ class Books:
         )
         (refusals,) = self._one(f"SELECT CAST(TOTAL(times) AS INTEGER) FROM refusals WHERE {chosen}")
         return Figures(
-            metrics=msgspec.json.decode(metrics, type=dict[str, float]),
+            metrics=self._from_json(metrics, dict[str, float]),
             loss=loss,
             bytes_sent_per_client=round(sent / max(clients, 1)),
             bytes_received_per_client=round(received / max(clients, 1)),
@@ -254,9 +259,18 @@ class Books:
         return next(iter(self._read(query, *values)), ())
 
     def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        try:
+        with self._reading():
             return self._database.execute(query, values).fetchall()
-        except sqlite3.Error as error:
+
+    def _from_json(self, text: str, kind: type[T]) -> T:
+        with self._reading():
+            return msgspec.json.decode(text, type=kind)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except _UNREADABLE as error:
             raise UserError(
                 f"{self._path} cannot be read: {error}", "the run cannot go on: start it anew"
             ) from error
@@ -274,7 +288,7 @@ class Books:
     def _write(self, statement: str, *values: object) -> None:
         try:
             self._database.execute(statement, values)
-        except sqlite3.Error as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self._path} cannot be written: {error}", "free some space") from error
 
 

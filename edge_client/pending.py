@@ -17,6 +17,9 @@ from wire.files import replacing
 from wire.manifest import BlobRef
 from wire.messages import Announcement, Offer, Report, RoundKey, TrainPlan
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a damaged file may raise."""
+
 
 class Work(msgspec.Struct, frozen=True):
     """All that an update depends on. `started_s`: of the run. `data`: the data set's fingerprint."""
@@ -46,7 +49,7 @@ def load(path: Path) -> Pending | None:
     """What was saved last, if it can be read."""
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=Pending)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
 
 

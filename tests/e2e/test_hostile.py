@@ -149,7 +149,11 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
             opened.set()
             await told.wait()
         while (await liar.link.next_offer(liar.offer)) is not None:  # the round is over by then
-            answers["late"] = await liar.send(good)
+            answers["the same in the next round"] = await liar.send(good)
+            answers["another in the next round"] = await liar.send(
+                pack({k: 3 * v for k, v in liar.delta().items()})
+            )
+            await over.wait()
             break
 
     async def outsider() -> None:
@@ -167,10 +171,13 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
                 liar = Liar(tmp_path, link, manifest, offer)
                 answers["outsider"] = await liar.send(pack(liar.delta()))
                 told.set()
+                assert await link.next_offer(offer) is not None
+                answers["late"] = await liar.send(pack(liar.delta()))
+                over.set()
 
             await beside(story(), link.pump())
 
-    opened, told = asyncio.Event(), asyncio.Event()
+    opened, told, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def both() -> None:
         await asyncio.gather(lie(broker.url, tmp_path, "liar", act), outsider())
@@ -183,6 +190,8 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
         "first": None,
         "the same again": None,
         "another": "duplicate",
+        "the same in the next round": None,
+        "another in the next round": "duplicate",
         "late": "late",
         "outsider": "not_selected",
     }

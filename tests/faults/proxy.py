@@ -11,7 +11,7 @@ Rules:
 - Whatever is to be delayed is a time at which a packet is due: order is kept by giving none an earlier time
   than the one before.
 
-Next: `tests/faults/test_faults.py`, runs behind it; `tests/faults/kills.py`.
+Next: `tests/faults/test_bad_links.py`, runs behind it; `tests/faults/kills.py`.
 """
 
 from __future__ import annotations

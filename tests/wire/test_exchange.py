@@ -72,7 +72,7 @@ def run(network: Network, *fetches: Coroutine[Any, Any, bytes]) -> list[bytes]:
         return list(await asyncio.gather(*fetches))
 
     async def bounded() -> list[bytes]:
-        return await asyncio.wait_for(beside(main(), network.sender.serve()), 20)
+        return await asyncio.wait_for(beside(main(), network.sender.serve()), 60)
 
     return asyncio.run(bounded())
 
