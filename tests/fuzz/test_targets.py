@@ -6,9 +6,11 @@ Next: `tests/fuzz/targets.py`, which decoders these are.
 from __future__ import annotations
 
 import random
+import tracemalloc
 import zlib
 from typing import get_args
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -113,6 +115,43 @@ def test_noise_of_any_size_is_refused(name: str) -> None:
     for size in (0, 1, 100, target.max_bytes // 2, target.max_bytes - 1, target.max_bytes):
         accepts(target, dice.randbytes(size))
         accepts(target, bytes(size))
+
+
+def peak_bytes(target: Target, content: bytes) -> int:
+    """What decoding it takes at once, beside the input."""
+    tracemalloc.start()
+    try:
+        accepts(target, content)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b"[[]]", b'{"":0}', b'"a"', b"1.5"])
+def test_a_manifest_takes_at_most_32_bytes_for_one(item: bytes) -> None:
+    """130 MB for one of 4 MiB, the largest that is read."""
+    (seed,) = TARGETS["manifest"].seeds
+    filled = seed.replace(b'"width": 8', b'"width": [' + b",".join([item] * 50_000) + b"]")
+    assert len(filled) > len(seed) + 100_000
+    assert peak_bytes(TARGETS["manifest"], filled) < 32 * len(filled)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("want", "ranges", [[0, 1]] * 21_000),
+        ("hello", "num_examples", {f"{number:x}": 0 for number in range(10_000)}),
+        ("report", "groups", ["a"] * 32_000),
+        ("offer", "cohort", ["a"] * 120_000),
+        ("offer", "news", [[]] * 250_000),
+    ],
+)
+def test_a_message_takes_at_most_26_bytes_for_one(name: str, field: str, value: object) -> None:
+    """2 MB at most, an offer 7 MB."""
+    target = TARGETS[name]
+    filled = msgspec.msgpack.encode(msgspec.msgpack.decode(target.seeds[0]) | {field: value})
+    assert 0.8 * target.max_bytes < len(filled) < target.max_bytes
+    assert peak_bytes(target, filled) < 26 * len(filled)
 
 
 def test_a_crash_is_noticed() -> None:
