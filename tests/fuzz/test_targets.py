@@ -22,7 +22,7 @@ from wire.messages import Message
 TARGETS = targets()
 fuzz = settings(
     derandomize=True,
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
