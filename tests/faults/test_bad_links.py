@@ -124,7 +124,6 @@ def test_a_bad_link_changes_nothing(
         aggregator = start(programs, proxy.url)
         aggregator.until_a(RunClosed)
         assert all(proxy.total(action) >= 1 for action in DOES[link]), proxy.counts
-        print(proxy.counts)
         check(aggregator, tmp_path, undisturbed)
 
 

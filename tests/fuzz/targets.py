@@ -152,8 +152,8 @@ VALUES = (
 )
 
 
-def with_another_value(tree: Any, dice: random.Random) -> Any:
-    """Somewhere in it a value is another one, another's, there twice, or gone."""
+def with_another_value(tree: Any, dice: random.Random, times: int) -> Any:
+    """Somewhere in it a value is another one, another's, gone, or there twice and up to so many times."""
     places: list[tuple[Any, Any]] = []
 
     def gather(value: Any) -> None:
@@ -180,7 +180,7 @@ def with_another_value(tree: Any, dice: random.Random) -> Any:
         case 2:
             del parent[key]
         case 3 if isinstance(parent, list):
-            parent *= dice.choice((2, 3, 100))
+            parent *= dice.choice((2, 3, times))
         case _:
             parent[dice.choice(("news", "sha256", "size_bytes", "type"))] = dice.choice(VALUES)
     return tree
@@ -193,7 +193,8 @@ def mutated(target: Target, content: bytes, max_bytes: int, seed: int) -> bytes:
         with contextlib.suppress(
             msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError, TypeError
         ):
-            changed = target.tree.encode(with_another_value(target.tree.decode(content), dice))
+            times = max(2, min(100, max_bytes // max(1, len(content))))  # more would only be thrown away
+            changed = target.tree.encode(with_another_value(target.tree.decode(content), dice, times))
             if len(changed) <= max_bytes:
                 return bytes(changed)
     return bytes(atheris.Mutate(content, max_bytes))

@@ -6,10 +6,11 @@ Next: `tests/fuzz/targets.py`, which decoders these are.
 from __future__ import annotations
 
 import random
+import tracemalloc
 import zlib
-from collections.abc import Callable
 from typing import get_args
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,11 +22,10 @@ from wire.messages import Message
 TARGETS = targets()
 fuzz = settings(
     derandomize=True,
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-Damage = Callable[[bytearray], object]
 
 
 def test_every_message_has_a_target() -> None:
@@ -87,6 +87,14 @@ def test_a_damaged_byte_anywhere_is_no_crash(name: str) -> None:
             accepts(target, seed[:place] + bytes([byte]) + seed[place + 1 :])
 
 
+def test_books_whose_index_has_a_strange_name_are_no_crash() -> None:
+    """SQLite quotes it in its error, which is then no text."""
+    (seed,) = TARGETS["books"].seeds
+    damaged = seed.replace(b"sqlite_autoindex_rounds", b"sqlite_autoi\xf3dex_rounds")
+    assert damaged != seed
+    accepts(TARGETS["books"], damaged)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_any_bytes_decode_or_are_refused(name: str) -> None:
     target = TARGETS[name]
@@ -107,6 +115,43 @@ def test_noise_of_any_size_is_refused(name: str) -> None:
     for size in (0, 1, 100, target.max_bytes // 2, target.max_bytes - 1, target.max_bytes):
         accepts(target, dice.randbytes(size))
         accepts(target, bytes(size))
+
+
+def peak_bytes(target: Target, content: bytes) -> int:
+    """What decoding it takes at once, beside the input."""
+    tracemalloc.start()
+    try:
+        accepts(target, content)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b"[[]]", b'{"":0}', b'"a"', b"1.5"])
+def test_a_manifest_takes_at_most_32_bytes_for_one(item: bytes) -> None:
+    """130 MB for one of 4 MiB, the largest that is read."""
+    (seed,) = TARGETS["manifest"].seeds
+    filled = seed.replace(b'"width": 8', b'"width": [' + b",".join([item] * 50_000) + b"]")
+    assert len(filled) > len(seed) + 100_000
+    assert peak_bytes(TARGETS["manifest"], filled) < 32 * len(filled)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("want", "ranges", [[0, 1]] * 21_000),
+        ("hello", "num_examples", {f"{number:x}": 0 for number in range(10_000)}),
+        ("report", "groups", ["a"] * 32_000),
+        ("offer", "cohort", ["a"] * 120_000),
+        ("offer", "news", [[]] * 250_000),
+    ],
+)
+def test_a_message_takes_at_most_26_bytes_for_one(name: str, field: str, value: object) -> None:
+    """2 MB at most, an offer 7 MB."""
+    target = TARGETS[name]
+    filled = msgspec.msgpack.encode(msgspec.msgpack.decode(target.seeds[0]) | {field: value})
+    assert 0.8 * target.max_bytes < len(filled) < target.max_bytes
+    assert peak_bytes(target, filled) < 26 * len(filled)
 
 
 def test_a_crash_is_noticed() -> None:

@@ -82,11 +82,11 @@ def test_a_large_picture_takes_a_few_bytes_a_pixel(tmp_path: Path, mode: str, by
     num_pixels = 4000 * 3000
     Image.new(mode, (4000, 3000)).save(tmp_path / "a.png")
     script = (
-        "import resource, sys; from pathlib import Path; from inputs.image import ImageReader\n"
+        "import sys; from pathlib import Path; from inputs.image import ImageReader\n"
+        "from edge_client.device import peak_rss_bytes as peak\n"
         "from wire.manifest import Modality, TensorSpec\n"
         "modality = Modality('image', {'image': TensorSpec((3, 16, 16), 'float32')}, {'size': 16})\n"
         "reader, folder = ImageReader(modality, Path), Path(sys.argv[1])\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "reader.encode(folder, 'small.png'); before = peak(); reader.encode(folder, 'a.png')\n"
         "print(peak() - before)"
     )
