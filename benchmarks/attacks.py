@@ -57,7 +57,7 @@ HONEST: dict[str, dict[str, Any]] = {
     "fedavg, seed 2": {"seed": 2},
     "fedavg, server momentum": {"server_optimizer": "momentum"},
     "fedavg, server adam": {"server_optimizer": "adam"},
-    "fedavg, proximal_mu 1": {"proximal_mu": 1.0},
+    "fedavg, proximal_mu 30": {"proximal_mu": 30.0},
 }
 """Without an attack only: how far results lie apart anyway, and what else a run may choose."""
 
