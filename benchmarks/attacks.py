@@ -1,6 +1,6 @@
 """What malicious clients do to a model, by combining rule: the final recall of a whole run for each cell.
 
-Rules: two of ten clients attack, in every round. A cell takes somewhat more than a minute on 2 cores. What is
+Rules: two of ten clients attack, in every round. A cell takes a bit more than a minute on 2 cores. What is
 known already is not run again (`--again` does), so the command can be stopped and started at any time.
 
     python benchmarks/attacks.py             # lamina-work/attacks/tiny.json
