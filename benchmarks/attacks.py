@@ -1,7 +1,7 @@
 """What malicious clients do to a model, by combining rule: the final recall of a whole run for each cell.
 
-Rules: two of ten clients attack, in every round. What is known already is not run again (`--again` does),
-so the command can be stopped and started at any time.
+Rules: two of ten clients attack, in every round. A cell takes a bit more than a minute on 2 cores. What is
+known already is not run again (`--again` does), so the command can be stopped and started at any time.
 
     python benchmarks/attacks.py             # lamina-work/attacks/tiny.json
     python benchmarks/attacks.py --report    # docs/attacks.md
@@ -56,8 +56,10 @@ HONEST: dict[str, dict[str, Any]] = {
     "fedavg, seed 1": {"seed": 1},
     "fedavg, seed 2": {"seed": 2},
     "fedavg, server momentum": {"server_optimizer": "momentum"},
+    "fedavg, server momentum 0.5": {"server_optimizer": "momentum", "server_momentum": 0.5},
     "fedavg, server adam": {"server_optimizer": "adam"},
-    "fedavg, proximal_mu 1": {"proximal_mu": 1.0},
+    "fedavg, server adagrad without momentum": {"server_optimizer": "adagrad", "server_momentum": 0.0},
+    "fedavg, proximal_mu 30": {"proximal_mu": 30.0},
 }
 """Without an attack only: how far results lie apart anyway, and what else a run may choose."""
 
@@ -127,7 +129,7 @@ HEAD = """# Malicious clients, and what a combining rule does about them
 
 {malicious} of {clients} clients attack in every round: by turning their update around (*sign flip*), by
 sending 100 times their update, or by sending NaN. A cell is the recall@10 of the hold-out after a whole
-run, in percent; chance is {chance:.1f}. What the rules are, and how to choose:
+run, in percent; chance is {chance:.1f}. What the rules are, what this shows and how to choose:
 [robustness.md](robustness.md).
 
 Measured by `python benchmarks/attacks.py` on {machine}.
@@ -139,8 +141,8 @@ NOTES = """
   three of the seven styles have two clients. The attackers are second clients of their style, so no style
   is lost with them.
 - One process and no broker: clients train by the code of `edge_client/`, and their updates go through the
-  checks, rules and checkpoints of `aggregator/`. So a NaN is refused as in any run, whatever the rule, and
-  its column is a run of the {honest} honest clients.
+  checks, rules and checkpoints of `aggregator/`. So a NaN is refused as in any run, whatever the rule
+  ({refused} times in a run), and its column is a run of the {honest} honest clients.
 - `malicious_fraction` is {fraction}, which is the truth here. Clipping is to an L2 norm of {norm:g}; the
   median of honest updates without an attack is {norms} in stages 1 to {stages}.
 - Each cell is one run, of seed 0 unless it says another. Runs of other seeds differ in nothing but the
@@ -179,6 +181,7 @@ def page(results: Results) -> str:
         batch=SCALE.batch_size,
         rate=SCALE.learning_rate,
         examples=SCALE.examples,
+        refused=known["fedavg", NAN]["refusals"]["not_finite"],
         honest=SCALE.clients - MALICIOUS,
         fraction=RunPlan().malicious_fraction,
         norm=MAX_NORM,
