@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from aggregator.events import Figures
-from wire.errors import PeerError, UserError
+from wire.errors import UNDECODABLE, PeerError, UserError
 from wire.manifest import BlobRef
 from wire.messages import Change, Offer, Report, RoundKey, Usage, decode, encode
 
@@ -27,7 +27,7 @@ VERSION = 1  # changes with the tables
 
 T = TypeVar("T")
 
-_UNREADABLE = (sqlite3.Error, msgspec.MsgspecError, UnicodeDecodeError, PeerError)
+_UNREADABLE = (sqlite3.Error, PeerError, *UNDECODABLE)
 """What a damaged file may raise: SQLite quotes in its errors what is no text any more."""
 
 _SCHEMA = """
@@ -132,9 +132,7 @@ class Books:
         seconds: float,
     ) -> None:
         """A round is done, and no longer open; what `checkpoint` names is in the store."""
-        texts = (msgspec.json.encode(value).decode() for value in (checkpoint, cohort, metrics))
-        checkpoint_text, cohort_text, metrics_text = texts
-        values = *_key(key), checkpoint_text, cohort_text, loss, metrics_text, seconds
+        values = *_key(key), _json(checkpoint), _json(cohort), loss, _json(metrics), seconds
         with self._transaction():
             self._write("INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
             self._write("DELETE FROM opened")
@@ -149,7 +147,7 @@ class Books:
             *_key(report.key),
             client,
             counted_in,
-            msgspec.json.encode(report.groups).decode(),
+            _json(report.groups),
             report.num_examples,
             report.loss,
             norm,
@@ -294,3 +292,7 @@ class Books:
 
 def _key(key: RoundKey) -> tuple[int, int]:
     return key.stage, key.round
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

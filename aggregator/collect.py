@@ -28,6 +28,8 @@ from wire.messages import Offer, Report, RoundKey
 Fetch = Callable[[str, BlobRef], Awaitable[Path]]
 Sender = tuple[str, int]
 """A client and the number of the round it has trained for."""
+Accepted = tuple[Report, Path]
+"""A report and its update's file."""
 
 
 class Refused(PeerError):
@@ -72,7 +74,7 @@ class Collection:
         fetch: Fetch,
         past: Past,
         goal: int | None = None,
-        before: Mapping[Sender, tuple[Report, Path]] | None = None,
+        before: Mapping[Sender, Accepted] | None = None,
     ) -> None:
         self.offer = offer
         self.accepted: dict[Sender, Report] = {}

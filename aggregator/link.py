@@ -110,11 +110,8 @@ class Link:
 
     async def receipt(self, client: str, receipt: Receipt) -> None:
         """Answer a report."""
-        fields = {"client": client, "stage": receipt.key.stage, "round": receipt.key.round}
-        answer = receipt.refusal or "accepted"
-        log.debug(
-            "%s: telling %s: %s", receipt.key, client, answer, extra=fields | {"refusal": receipt.refusal}
-        )
+        fields = {"client": client, "refusal": receipt.refusal}
+        log.debug("%s: telling %s: %s", receipt.key, client, receipt.refusal or "accepted", extra=fields)
         await self._connection.publish(topics.down(self.run, client, "receipt"), encode(receipt))
 
     def _chunk_topic(self, ref: BlobRef, peers: frozenset[str]) -> str:

@@ -22,7 +22,7 @@ import msgspec
 
 from aggregator.books import Books, RunRecord
 from aggregator.cohort import Clients, select, wanted
-from aggregator.collect import Collection, Taken
+from aggregator.collect import Accepted, Collection, Sender, Taken
 from aggregator.combine import combine
 from aggregator.events import (
     RoundClosed,
@@ -154,9 +154,8 @@ class Run:
     async def stages(self) -> Arrays:
         """Go through every stage; the final parameters."""
         last = self._state.resume(self._books)
-        opened = self._books.opened()
-        accepted = self._books.accepted(opened[0].key) if opened else []
-        self._updates.keep({report.update for _, report in accepted})
+        if self._books.opened() is None:
+            self._updates.keep(())  # else an open round goes on with what has come, in part too
         self._tell_opened(last)
         for stage in range(self._state.stage, len(self._manifest.stages)):
             if stage > self._state.stage:
@@ -198,16 +197,11 @@ class Run:
         if opened is None:
             available = await self.link.until_available(self._plan.min_available_clients)
             offer, goal = self._offer(key, self._select(available, key)), self._goal(available)
+            before: dict[Sender, Accepted] = {}
             self._books.open(offer, goal)
         else:
             offer, goal = opened
-        before = {}
-        for client, report in self._books.accepted(key):
-            if self._updates.has(report.update):
-                before[client, report.key.round] = report, self._updates.path(report.update)
-            else:
-                log.warning("%s: the update of %s is lost or damaged", key, client)
-                self._books.drop(client, report.key)
+            before = self._accepted(key)
         self._collection = collection = Collection(
             self._manifest, offer, self.link.fetch, self._books, goal, before
         )
@@ -218,6 +212,18 @@ class Run:
         await self.link.offer(offer)
         return collection
 
+    def _accepted(self, key: RoundKey) -> dict[Sender, Accepted]:
+        """What was accepted for a round before we were killed, and is still whole."""
+        found: dict[Sender, Accepted] = {}
+        for client, report in self._books.accepted(key):
+            if self._updates.has(report.update):
+                found[client, report.key.round] = report, self._updates.path(report.update)
+            else:
+                extra = {"client": client}
+                log.warning("%s: the update of %s is lost or damaged", key, client, extra=extra)
+                self._books.drop(client, report.key)
+        return found
+
     async def _collect(self, collection: Collection) -> None:
         """Return when the round may close."""
         key, deadline_s = collection.offer.key, self._plan.round_deadline_s
@@ -225,7 +231,9 @@ class Run:
         while True:
             end_s = clock() + deadline_s
             if not await within(deadline_s, collection.until_complete()):
-                log.info("%s: the deadline is there, %s are missing", key, ", ".join(collection.missing))
+                missing = collection.missing
+                extra = {"missing": missing}
+                log.info("%s: the deadline is there, %s are missing", key, ", ".join(missing), extra=extra)
             if len(collection.accepted) >= self._plan.min_updates:
                 return
             # Not before its time, even if all have been refused: they would send the same again.
@@ -284,7 +292,7 @@ class Run:
         try:
             taken = await collection.take(client, report)
         except Silent as error:
-            log.warning("%s of %s: %s", report.key, client, error)
+            log.warning("%s of %s: %s", report.key, client, error, extra={"client": client})
             return
         except PeerError as error:
             self._books.refuse(client, collection.offer.key, error.reason, str(error))

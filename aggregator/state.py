@@ -66,8 +66,10 @@ class State:
             if stage > self.stage:
                 self.next_stage()
             last = max(rounds)
-            self._load(done[last])
+            self._load(done[last].parameters)
             ends.add(self.parameters)
+        if last is not None:
+            self._go_on(done[last])
         self._store.keep({*ends, *self.frozen, *self._blobs()})  # a killed process left what it was at
         return last
 
@@ -81,7 +83,7 @@ class State:
         self.frozen = (*self.frozen, self._store.put(frozen))
         self.stage += 1
         self.parameters = self._put(self._trainable)
-        self._optimizer, self._moments = ServerOptimizer(self._plan, self.shapes), None
+        self._optimizer = ServerOptimizer(self._plan, self.shapes)
 
     @property
     def shapes(self) -> Shapes:
@@ -100,25 +102,31 @@ class State:
         """
         before, now, moments = self._blobs(), self.trainable(), self._optimizer.state()
         values = self._optimizer.step(now, delta)
-        with np.errstate(over="ignore", invalid="ignore"):
-            change = {name: values[name] - value for name, value in now.items()}
-        new = values | change | self._optimizer.state()
-        if bad := [name for name, value in new.items() if not np.isfinite(value).all()]:
+        change = self._change(now, values)
+        new = (*values.items(), *change.items(), *self._optimizer.state().items())
+        if bad := [name for name, value in new if not np.isfinite(value).all()]:
             log.warning(
                 "the updates together lead beyond float32 in %s: this round changes nothing", bad[0]
             )
-            values, change = now, {name: np.zeros_like(value) for name, value in now.items()}
+            values, change = now, self._change(now, now)
             self._optimizer.load(moments)
         if moments:
             self._moments = self._store.put(pack(self._optimizer.state()))
-        if self._plan.compression == "none":
+        if change:
+            self._take(now, change, seed)
+        else:
             self.values.update(values)
             self.parameters = self._put(self._trainable)
-        else:
-            self._change(now, change, seed)
         return before - self._blobs()
 
-    def _change(self, now: Arrays, change: Arrays, seed: Seed) -> None:
+    def _change(self, now: Arrays, values: Arrays) -> Arrays:
+        """What would travel; nothing where parameters travel whole."""
+        if self._plan.compression == "none":
+            return {}
+        with np.errstate(over="ignore", invalid="ignore"):
+            return {name: values[name] - value for name, value in now.items()}
+
+    def _take(self, now: Arrays, change: Arrays, seed: Seed) -> None:
         content = compress(change, self._plan.compression, seed)
         self.values.update(added(now, decompress(content, self.shapes, self._plan.compression)))
         base, self.parameters = self.parameters, self._put(self._trainable)
@@ -135,15 +143,18 @@ class State:
     def _put(self, groups: tuple[str, ...]) -> BlobRef:
         return self._store.put(pack({name: self.values[name] for name in self._manifest.names_of(groups)}))
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        ref = checkpoint.parameters
-        if not self._store.has(ref):
-            raise UserError(
-                f"{self._store.path(ref)} is missing or damaged", "the run cannot go on: start it anew"
-            )
-        self.values.update(unpack_file(self._store.path(ref), self.shapes))
+    def _load(self, parameters: BlobRef) -> None:
+        if not self._store.has(parameters):
+            path = self._store.path(parameters)
+            raise UserError(f"{path} is missing or damaged", "the run cannot go on: start it anew")
+        self.values.update(unpack_file(self._store.path(parameters), self.shapes))
+        self.parameters = parameters
+
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        """Take up what only the round after the last one needs."""
         change = checkpoint.change  # only a short cut: without it clients fetch the parameters whole
-        self.parameters, self.change = ref, change if change and self._store.has(change.change) else None
+        if change is not None and self._store.has(change.change):
+            self.change = change
         self._moments = moments = checkpoint.moments
         if moments is not None and self._store.has(moments):
             self._optimizer.load(unpack_file(self._store.path(moments), self._optimizer.shapes))

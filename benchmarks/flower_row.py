@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import venv
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flops import client_flops
-from relay import Relay, free_port
+from relay import Relay, free_port, listens
 from scale import ROOT, SEED, Scale, exported, run_python
 
 APP = ROOT / "benchmarks" / "flower_app"
@@ -186,9 +185,8 @@ def until_open(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
     """Return once something listens. Raises RuntimeError."""
     end = time.monotonic() + START_S
     while time.monotonic() < end and child.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if listens(port):
+            return
         time.sleep(0.2)
     raise RuntimeError(f"Flower's SuperLink does not start, see {log}")
 

@@ -18,7 +18,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+from relay import free_port, listens  # noqa: E402
 from results import machine  # noqa: E402
 from scale import run_python  # noqa: E402
 
@@ -61,9 +61,7 @@ def mosquitto(folder: Path) -> Iterator[str]:
     program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         raise SystemExit("mosquitto is not installed: apt install mosquitto")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "mosquitto.conf").write_text(CONFIGURATION.format(port=port))
     with subprocess.Popen(
         [program, "-c", str(folder / "mosquitto.conf")], stderr=subprocess.DEVNULL
@@ -78,9 +76,8 @@ def mosquitto(folder: Path) -> Iterator[str]:
 def until_listening(port: int) -> None:
     """Wait for whoever takes this port."""
     for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if listens(port):
+            return
         time.sleep(0.05)
     raise SystemExit(f"nothing listens on port {port}")
 

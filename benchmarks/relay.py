@@ -63,6 +63,12 @@ class Relay:
         writer.close()
 
 
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port of the loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def free_port() -> int:
     """A port that nothing listened on just now."""
     with socket.socket() as probe:

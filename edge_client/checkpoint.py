@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from edge_client.engines import Engine
-from edge_client.pending import UNREADABLE, Work
+from edge_client.pending import Work
+from wire.errors import UNDECODABLE
 from wire.files import PARTIAL, rename, replacing, sync
 from wire.manifest import BlobRef
 
@@ -60,7 +61,7 @@ class Checkpoint:
         try:
             content = (self._folder / _PROGRESS).read_bytes()
             saved = msgspec.msgpack.decode(content, type=_Saved)
-        except (OSError, *UNREADABLE):
+        except (OSError, *UNDECODABLE):
             return None
         state = self._folder / saved.state.sha256
         if (saved.work, saved.engine) != (self._work, self._engine):

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wire.files import PARTIAL
+from wire.files import sweep
 from wire.lock import locked
 from wire.signature import Owner
 from wire.store import Store
@@ -60,8 +60,7 @@ class Device:
     def opened(self) -> Iterator[Store]:
         """The blobs, while no other process may use the folder. Raises `UserError` if one does."""
         with locked(self.folder, "stop it, or give this one its own --dir and --name"):
-            for left in self.folder.glob(f"*{PARTIAL}"):  # of a process that was killed
-                left.unlink(missing_ok=True)
+            sweep(self.folder)
             yield Store(self.folder / "blobs")
 
 

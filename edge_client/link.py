@@ -226,8 +226,6 @@ class Link:
         fields = {
             "event": event,
             "run": self._run,
-            "stage": report.key.stage,
-            "round": report.key.round,
             "sha256": report.update.sha256,
             "bytes": report.update.size_bytes,
             "num_examples": report.num_examples,

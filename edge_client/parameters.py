@@ -78,9 +78,10 @@ class Parameters:
         """All that trains in the offer's stage."""
         shapes = self._shapes(offer.key.stage)
         path = await self._link.fetch(offer.parameters, max_bytes(shapes))
+        values = unpack_file(path, shapes)
         if offer.change is not None and offer.change.base != offer.parameters:
             self._forget(offer.change.base)
-        return unpack_file(path, shapes)
+        return values
 
     async def frozen(self, offer: Offer, stage: int) -> Arrays:
         """What was frozen after an earlier stage. It is not kept: it is needed once a stage."""

@@ -12,13 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from wire.errors import UserError
+from wire.errors import UNDECODABLE, UserError
 from wire.files import replacing
 from wire.manifest import BlobRef
 from wire.messages import Announcement, Offer, Report, RoundKey, TrainPlan
-
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What decoding a damaged file may raise."""
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -49,7 +46,7 @@ def load(path: Path) -> Pending | None:
     """What was saved last, if it can be read."""
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=Pending)
-    except (OSError, *UNREADABLE):
+    except (OSError, *UNDECODABLE):
         return None
 
 

@@ -64,15 +64,17 @@ async def take_part(broker: Broker, device: Device, run: str | None = None) -> N
         while True:
             announcement = await find_run(broker, device.name, run, gate, patient=patient)
             patient = True  # the broker has been there: it comes back
-            log.info("joining run %s as %s", announcement.run, device.name)
+            of_run = {"run": announcement.run}
+            log.info("joining run %s as %s", announcement.run, device.name, extra=of_run)
             try:
                 async with Link.open(broker, announcement, device.name, store, gate) as link:
                     await beside(_take_part(link, device, store), link.pump())
             except PeerError as error:
-                log.warning("run %s cannot be joined: %s", announcement.run, error)
+                log.warning("run %s cannot be joined: %s", announcement.run, error, extra=of_run)
                 await asyncio.sleep(JOIN_AGAIN_S)
                 continue
-            log.info("run %s %s", announcement.run, "has begun anew" if link.replaced else "is over")
+            end = "has begun anew" if link.replaced else "is over"
+            log.info("run %s %s", announcement.run, end, extra=of_run)
             if not link.replaced:
                 return
 
@@ -198,9 +200,13 @@ class Session:
         receipt = await self._link.report(report, self._store.path(report.update))
         self._machine.move(Event.RECEIPT)
         if receipt.refusal is None:
-            log.info("%s: loss %.4f over %d examples", offer.key, report.loss, report.num_examples)
+            loss, count = report.loss, report.num_examples
+            extra = {"loss": loss, "num_examples": count}
+            log.info("%s: loss %.4f over %d examples", offer.key, loss, count, extra=extra)
         else:
-            log.warning("%s refused: %s, %s", offer.key, receipt.refusal, receipt.detail)
+            refused = {"refusal": receipt.refusal}
+            detail = receipt.detail
+            log.warning("%s refused: %s, %s", offer.key, receipt.refusal, detail, extra=refused)
         return receipt
 
     async def _features(self, offer: Offer) -> Features:
@@ -222,12 +228,9 @@ class Session:
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:
-        name, threads = self._device.name, self._device.threads
-        checkpoint = self._checkpoint(offer)
-        with open_engine(
-            self._engine, self._bundle.file, self._manifest, offer.key.stage, threads
-        ) as engine:
-            return train(engine, parameters, features, offer.plan, name, stop, checkpoint)
+        device, stage, checkpoint = self._device, offer.key.stage, self._checkpoint(offer)
+        with open_engine(self._engine, self._bundle.file, self._manifest, stage, device.threads) as engine:
+            return train(engine, parameters, features, offer.plan, device.name, stop, checkpoint)
 
     def _checkpoint(self, offer: Offer) -> Checkpoint:
         every_s = self._device.checkpoint_s

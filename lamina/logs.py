@@ -1,13 +1,17 @@
 """What a program logs on standard error, for a person or for a machine: `--log-format text` or `json`.
 
 Rules: as JSON, each line is one object with `time` (ISO 8601, UTC, milliseconds), `level`, `logger` and
-`message`, and with the fields that the place which logs gives by `extra=`, under these names:
+`message`, and with fields under these names. The place which logs gives them by `extra=`; a round and an
+error that are arguments of the message are fields without that.
 
     run, client, broker     names and addresses
     stage, round            counted from 0, as in the books; messages count from 1, as people do
+    loss, num_examples      of an update
     refusal                 its name on the wire
+    missing                 clients that have not answered
     sha256, bytes           of a blob
-    error, hint, exit_code  of the last record of a program that ends with an error
+    error                   the class of what went wrong
+    hint, exit_code         of the last record of a program that ends with an error
 
 JSON has our debug records too, for a machine does not tire of reading; text has what is at least worth
 knowing. What looks like the user and password of an address is taken out of both.
@@ -27,6 +31,8 @@ from typing import Any, TypeVar
 
 import click
 import msgspec
+
+from wire.messages import RoundKey
 
 ROOMS = ("aggregator", "edge_client", "export", "inputs", "lamina", "models", "wire")
 FORMATS = ("text", "json")
@@ -64,6 +70,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **self.constant,
+            **_arguments(record),
         }
         line |= {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
         if record.exc_info:
@@ -123,6 +130,16 @@ def always(**fields: object) -> None:
 def without_logins(text: str) -> str:
     """`mqtt://ann:secret@host` as `mqtt://host`."""
     return _LOGIN.sub("//", text)
+
+
+def _arguments(record: logging.LogRecord) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for argument in record.args if isinstance(record.args, tuple) else ():
+        if isinstance(argument, RoundKey):
+            fields |= {"stage": argument.stage, "round": argument.round}
+        elif isinstance(argument, BaseException):
+            fields["error"] = type(argument).__name__
+    return fields
 
 
 def _use(chosen: str) -> None:

@@ -105,23 +105,33 @@ def until(true: Callable[[], object], what: str) -> None:
 
 
 class Mosquitto:
-    """A real broker on a port of its own; it keeps nothing on disk, so it comes back empty."""
+    """A real broker, with the `mosquitto.conf` of a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.url = f"mqtt://127.0.0.1:{self.port}"
-        self._program = mosquitto()
-        self._log = folder / "mosquitto.log"
-        self._configuration = folder / "mosquitto.conf"
-        self._configuration.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
+    def __init__(self, folder: Path, port: int) -> None:
+        self.port = port
+        self.url = f"mqtt://127.0.0.1:{port}"
+        self.log = folder.parent / f"{folder.name}.log"
+        self.folder = folder
+        if os.geteuid() == 0:  # else it would give up its rights, and could not read the keys
+            with (folder / "mosquitto.conf").open("a") as file:
+                file.write("user root\n")
         self.start()
+
+    @classmethod
+    def plain(cls, folder: Path) -> Mosquitto:
+        """On a port of its own, for everyone; it keeps nothing on disk, so it comes back empty."""
+        home, port = folder / "mosquitto", free_port()
+        home.mkdir(exist_ok=True)
+        (home / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
+        return cls(home, port)
 
     def start(self) -> None:
         """Return once it listens."""
-        assert self._program is not None
-        with self._log.open("ab") as log:
+        program = mosquitto()
+        assert program is not None
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [self._program, "-c", str(self._configuration)], stdout=log, stderr=log
+                [program, "-c", "mosquitto.conf"], cwd=self.folder, stdout=log, stderr=log
             )
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
@@ -129,7 +139,15 @@ class Mosquitto:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.02)
-        raise AssertionError(f"mosquitto does not listen: {self._log.read_text()[-2000:]}")
+        raise AssertionError(f"mosquitto does not listen: {self.log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
 
     def kill(self) -> None:
         self.process.kill()

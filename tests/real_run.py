@@ -88,6 +88,6 @@ def real_broker(tmp_path: Path) -> Iterator[Mosquitto]:
     """A real mosquitto."""
     if mosquitto() is None:
         pytest.skip("mosquitto is not installed; .ci/run installs it")
-    broker = Mosquitto(tmp_path)
+    broker = Mosquitto.plain(tmp_path)
     yield broker
     broker.kill()

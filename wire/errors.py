@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import msgspec
+
 Refusal = Literal[
     "malformed",
     "too_large",
@@ -25,6 +27,9 @@ Refusal = Literal[
     "late",
 ]
 """The names of refusals, as they go over the wire."""
+
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding with msgspec may raise for bytes that are not what they should be."""
 
 MAX_PEER_TEXT = 300
 

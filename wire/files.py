@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
-"""How a file ends that is not whole yet; whoever owns the folder sweeps up those of killed processes."""
+"""How a file ends that is not whole yet; whoever owns the folder calls `sweep`."""
 
 
 @contextmanager
@@ -34,6 +34,12 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
         rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes have left unfinished. name: of the files to be, may be a pattern."""
+    for left in folder.glob(f"{name}{PARTIAL}"):
+        left.unlink(missing_ok=True)
 
 
 def rename(partial: Path, path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from wire.errors import Malformed, PeerError, TooLarge, UserError
+from wire.errors import UNDECODABLE, Malformed, PeerError, TooLarge, UserError
 
 FORMAT = 3
 MANIFEST_NAME = "manifest.json"
@@ -297,7 +297,7 @@ def decode_manifest(content: bytes) -> Manifest:
         if found != FORMAT:
             raise Malformed(f"manifest format {found}, this Lamina reads {FORMAT}")
         return msgspec.json.decode(content, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise Malformed(f"not a manifest: {error}") from error
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from wire.errors import LocalError, Malformed, Refusal, TooLarge
+from wire.errors import UNDECODABLE, LocalError, Malformed, Refusal, TooLarge
 from wire.manifest import BlobRef, Count
 from wire.signature import SIGNATURE_BYTES
 from wire.topics import NAME_PATTERN
@@ -204,7 +204,7 @@ def decode(payload: bytes, kind: type[M]) -> M:
         raise TooLarge(f"{kind.__name__} of {len(payload)} bytes, the limit is {_limit(kind)}")
     try:
         return msgspec.msgpack.decode(payload, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise Malformed(f"not a {kind.__name__}: {error}") from error
 
 

@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from wire.errors import HashMismatch, UserError
-from wire.files import PARTIAL, rename, replacing
+from wire.files import rename, replacing, sweep
 from wire.manifest import BlobRef
 
 _HERE = b"\1"
+_COMING = ".coming"  # how a blob's file ends that comes in chunks
 
 
 class Partial:
@@ -65,9 +66,7 @@ class Store:
         self._receiving: set[Path] = set()
         with self._telling():
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"*{PARTIAL}"):  # of a process that was killed
-                if "@" not in left.name:
-                    left.unlink(missing_ok=True)
+            sweep(folder)
 
     def path(self, ref: BlobRef) -> Path:
         """Where the blob is, if it is there."""
@@ -109,8 +108,8 @@ class Store:
         forgets it, where the content is another, `UserError` where the disk does not take it.
         """
         with self._telling():
-            path = self._folder / f"{ref.sha256}.{num_chunks}@{peer}{PARTIAL}"
-            for other in self._folder.glob(f"*@{peer}{PARTIAL}"):
+            path = self._folder / f"{ref.sha256}.{num_chunks}@{peer}{_COMING}"
+            for other in self._folder.glob(f"*@{peer}{_COMING}"):
                 if other != path and other not in self._receiving:
                     other.unlink(missing_ok=True)
             self._receiving.add(path)

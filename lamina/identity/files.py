@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from wire.errors import LocalError
-from wire.files import PARTIAL, replacing
+from wire.files import replacing, sweep
 
 PRIVATE, PUBLIC = 0o600, 0o644
 _FOLDER = 0o700
@@ -28,8 +28,7 @@ def make_folder(path: Path) -> None:
 
 def write(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Write the file, or replace it."""
-    for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a process that was killed
-        left.unlink()
+    sweep(path.parent, f"{path.name}.*")
     with replacing(path, mode) as file:
         file.write(content)
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from small_models import bundle, small
 
-from aggregator.books import Books
+from aggregator.books import Books, Checkpoint
 from aggregator.plan import RunPlan
 from aggregator.state import State
 from wire.compression import decompress_file, restore_file
@@ -117,6 +117,10 @@ class Run:
         """The next `count` rounds, and where the run stands after each."""
         done = len(self.books.rounds())
         return [self.round(key) for key in self.bundle.keys[done : done + count]]
+
+    def ends(self) -> list[Checkpoint]:
+        """Of each stage so far, its last round's."""
+        return list({key.stage: done for key, done in self.books.rounds().items()}.values())
 
     def trained(self, ref: BlobRef, groups: tuple[str, ...]) -> Bits:
         """What the store holds."""
@@ -521,6 +525,21 @@ def test_moments_that_are_lost_begin_anew(begin: Begin, caplog: pytest.LogCaptur
     assert "it begins anew" in caplog.text
     assert bits(resumed.state.values) == bits(killed.state.values)
     resumed.rounds(1)
+
+
+@pytest.mark.parametrize("schedule", ["layerwise", "progressive"])
+def test_moments_of_earlier_stages_are_neither_missed_nor_kept(
+    begin: Begin, schedule: str, caplog: pytest.LogCaptureFixture
+):
+    for _ in range(3):
+        run = begin(schedule, server_optimizer="momentum")
+        run.rounds(2)
+        checkpoint = run.state.checkpoint()
+        assert checkpoint.moments is not None
+        blobs = {path.name for path in (run.store.path(checkpoint.parameters).parent).iterdir()}
+        kept = {done.parameters for done in run.ends()} | {checkpoint.moments, *run.state.frozen}
+        assert blobs == {ref.sha256 for ref in kept}
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("compression", COMPRESSED)

@@ -3,60 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import socket
-import subprocess
-import time
 from pathlib import Path
 
-from programs import Aggregator, Started, lamina
+from programs import Aggregator, Mosquitto, Started, lamina
 
 from wire.mqtt import Broker, Connection
 from wire.tls import Credentials
-
-PROGRAM = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class Mosquitto:
-    """mosquitto with the files of `folder`, which is the provisioned one's `broker`."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
-        self.log = folder.parent / "mosquitto.log"
-        if os.geteuid() == 0:  # else it would give up its rights, and could not read the keys
-            with (folder / "mosquitto.conf").open("a") as file:
-                file.write("user root\n")
-        self.start()
-
-    def start(self) -> None:
-        assert PROGRAM is not None
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [PROGRAM, "-c", "mosquitto.conf"], cwd=self.folder, stdout=log, stderr=log
-            )
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.05)
-        raise AssertionError(self.log.read_text())
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
-    def restart(self) -> None:
-        self.stop()
-        self.start()
 
 
 class Secured:

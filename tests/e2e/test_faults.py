@@ -112,16 +112,38 @@ def test_an_aggregator_killed_in_the_middle_of_a_round_asks_nobody_again(
     with paused(clients["cy"]):
         assert {aggregator.until_a(UpdateAccepted).client for _ in range(2)} == {"ann", "bob"}
         aggregator.kill()
+        coming = aggregator.folder / "updates" / f"{'f' * 64}.3@dan.coming"
+        coming.write_bytes(b"an upload that was under way")
         with paused(clients["ann"], clients["bob"]):
             aggregator = programs.aggregator(broker.url, "run", *ALL, "--resume")
             assert aggregator.until_a(RoundOpened).cohort == CLIENTS
+            assert coming.exists()
             clients["cy"].process.send_signal(signal.SIGCONT)
             assert aggregator.until_a(RoundClosed).accepted == CLIENTS
             assert [event.client for event in aggregator.all(UpdateAccepted)] == ["cy"]
     aggregator.until_a(RunClosed)
+    assert not coming.exists()
     assert keys(aggregator) == EVERY_ROUND
     assert [client.end() for client in clients.values()] == [0, 0, 0]
     assert_equal(aggregator.final(), undisturbed)
+
+
+def test_a_robust_rule_with_server_momentum_goes_on_where_the_aggregator_was_killed(
+    programs: Programs, broker: Started, undisturbed: dict[str, np.ndarray]
+) -> None:
+    options = ("--aggregation", "median", "--server-optimizer", "momentum", "--proximal-mu", "0.1")
+    finals = [undisturbed]
+    for name in ("whole", "run"):
+        aggregator = programs.aggregator(broker.url, name, *ALL, *options)
+        programs.clients(broker.url, name)
+        for after in (RoundKey(0, 0), RoundKey(1, 0)) if name == "run" else ():
+            aggregator.until_a(RoundClosed, after)
+            aggregator.kill()
+            aggregator = programs.aggregator(broker.url, name, *ALL, *options, "--resume")
+        aggregator.until_a(RunClosed)
+        finals.append(aggregator.final())
+    assert_equal(finals[2], finals[1])
+    assert not all(np.array_equal(finals[0][name], value) for name, value in finals[1].items())
 
 
 def test_a_client_killed_in_the_middle_of_its_training_goes_on_there(

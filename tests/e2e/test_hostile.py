@@ -52,10 +52,10 @@ class Liar:
         return (await asyncio.wait_for(self.link.report(report, path), 60)).refusal
 
 
-async def lie(url: str, folder: Path, name: str, act: Callable[[Liar], object]) -> None:
+async def lie(url: str, folder: Path, name: str, act: Callable[[Liar], object], run: str = "run") -> None:
     """Join as `name` and act on the first offer that selects us; then send NaN until the run is over."""
     store = Store(folder / name)
-    announcement = await find_run(Broker.parse(url), name, "run")
+    announcement = await find_run(Broker.parse(url), name, run)
     async with Link.open(Broker.parse(url), announcement, name, store) as link:
 
         async def story() -> None:
@@ -196,6 +196,35 @@ def test_a_duplicate_a_late_one_and_one_that_was_not_asked(
         "outsider": "not_selected",
     }
     assert aggregator.rows("SELECT COUNT(*) FROM updates WHERE client = 'liar'") == [(1,)]
+
+
+def test_a_huge_update_moves_the_mean_and_no_robust_rule(
+    programs: Programs, broker: Started, tmp_path: Path
+) -> None:
+    async def act(liar: Liar) -> None:
+        huge = {name: np.ones(shape, np.float32) for name, shape in liar.shapes.items()}
+        refusal = await liar.send(pack(huge), lambda report: replace(report, num_examples=1000))
+        assert refusal is None, "it is finite, and of the right shape"
+
+    def final(name: str, clients: str, *options: str) -> Arrays:
+        options = ("--min-available-clients", clients, "--rounds", "1", *options)
+        aggregator = programs.aggregator(broker.url, name, *options)
+        programs.clients(broker.url, name, ("ann", "bob"))
+        if clients == "3":
+            asyncio.run(asyncio.wait_for(lie(broker.url, tmp_path / name, "liar", act, name), 120))
+        aggregator.until_a(RunClosed)
+        return aggregator.final()
+
+    honest = final("honest", "2")
+
+    def moved(name: str, *options: str) -> float:
+        """How far the liar moves a parameter at most."""
+        values = final(name, "3", *options)
+        return max(float(np.abs(values[key] - value).max()) for key, value in honest.items())
+
+    assert moved("mean") > 0.5
+    assert moved("median", "--aggregation", "median") < 0.1
+    assert moved("clipped", "--max-update-norm", "1") < 0.1
 
 
 def test_rubbish_on_every_topic(programs: Programs, broker: Started) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import CLIENTS, Programs, Started, lamina, start
-from secured import PROGRAM, Secured, free_port, provision, sign
+from programs import CLIENTS, Programs, Started, free_port, lamina, mosquitto, start
+from secured import Secured, provision, sign
 
 from aggregator.events import ClientCame, RoundClosed, RunClosed
 from lamina.identity.federation import Federation
@@ -48,7 +48,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, provisioned: tuple[Path, 
 @pytest.fixture
 def secured(provisioned: tuple[Path, int], tmp_path: Path, data: Path) -> Iterator[Secured]:
     """A mosquitto that runs with it, in a copy of its own."""
-    if PROGRAM is None:
+    if mosquitto() is None:
         pytest.skip("mosquitto is not installed; .ci/run installs it")
     folder = shutil.copytree(provisioned[0], tmp_path / "federation")
     with contextlib.ExitStack() as stack:

@@ -178,7 +178,7 @@ class Broker:
     """A mosquitto that is started again when it was killed."""
 
     def __init__(self, folder: Path) -> None:
-        self._mosquitto = Mosquitto(folder)
+        self._mosquitto = Mosquitto.plain(folder)
         self.port = self._mosquitto.port
         self._again_s = 0.0
 

@@ -78,7 +78,7 @@ def mosquitto_or_skip(folder: Path) -> Mosquitto:
 
     if mosquitto() is None:
         pytest.skip("mosquitto is not installed; .ci/run installs it")
-    return Mosquitto(folder)
+    return Mosquitto.plain(folder)
 
 
 def start(programs: Programs, url: str) -> Aggregator:

@@ -342,7 +342,7 @@ class Files:
     def partial(self, content: bytes) -> None:
         """A transfer that a killed process has left, gone on with to its end."""
         store = Store(self.folder / "blobs")
-        name = f"{BLOB.sha256}.4@ann.partial"
+        name = f"{BLOB.sha256}.4@ann.coming"
         (self.folder / "blobs" / name).write_bytes(content)
         with store.receive(BLOB, 4, "ann") as partial:
             missing = Missing(BLOB, CHUNK_BYTES, 4, partial.have)

@@ -27,6 +27,7 @@ from aggregator.events import (
 )
 from lamina.event_log import note
 from lamina.logs import JsonLines, Text, without_logins
+from wire.errors import TooLarge
 from wire.messages import Hello, RoundKey, Usage
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,14 @@ def test_logins_are_taken_out(text: str, expected: str) -> None:
     assert parsed(record("%s", text, address=text))["message"] == expected
     assert parsed(record("", address=text))["address"] == expected
     assert Text().format(record("%s", text)).endswith(expected)
+
+
+def test_a_round_and_an_error_in_a_message_are_fields_too() -> None:
+    """So nobody has to name them twice."""
+    message = "%s of %s: %s", KEY, "ann", TooLarge("x")
+    told = parsed(record(*message))
+    assert (told["stage"], told["round"], told["error"]) == (1, 4, "TooLarge")
+    assert parsed(record(*message, error="given"))["error"] == "given"
 
 
 FIGURES = Figures({"recall@1": 0.5}, 1.5, 10, 11, 12, 13, 61.4, 0.5, 3, 6, 1, 2.88)
