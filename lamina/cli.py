@@ -4,6 +4,7 @@ Rules: a subcommand is imported when it is called, so a device never loads what 
 input gives one line on standard error, what is wrong and what to do, and an exit code:
 
     0   done
+    1   rows of an experiment have failed, each with a line of its own
     2   the command, an option, a path or the data are not usable
     69  no broker takes us
     70  a defect of Lamina
@@ -38,7 +39,10 @@ COMMANDS = {
     "aggregator": "lamina.aggregator_command:command",
     "client": "lamina.client_command:command",
     "evaluate": "lamina.evaluate_command:command",
+    "experiment": "lamina.experiment.command:command",
 }
+INTERNAL = {"clients": "lamina.clients_command:command"}
+"""What our own programs start."""
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +52,17 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+        known = COMMANDS | INTERNAL
+        if name not in known:
             return None
-        module, _, attribute = COMMANDS[name].partition(":")
+        module, _, attribute = known[name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args and args[0] not in COMMANDS | INTERNAL and not args[0].startswith("-"):
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
             raise click.UsageError(f"there is no command {args[0]!r} - {hint}")

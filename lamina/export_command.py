@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.options import column_option, config_option, memory_budget_option, model_options, pairs
+from lamina.options import (
+    column_option,
+    config_option,
+    end_with_parent,
+    memory_budget_option,
+    model_options,
+    pairs,
+)
 from wire.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,6 +123,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the training artifacts of every stage, checked against torch."""
+    end_with_parent()
     if memory_budget is not None and batch_size > max_batch_size:
         raise UserError(
             f"--batch-size {batch_size} is over --max-batch-size {max_batch_size}", "raise the latter"

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -226,6 +227,20 @@ def when_told_to_stop(stop: Callable[[], object]) -> None:
             stop()
 
         loop.add_reader(sys.stdin, closed)
+
+
+def end_with_parent() -> None:
+    """For a command without an event loop: end, with its children, when a parent that cares is gone."""
+    if STOP_WITH_STDIN not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.read(0, 1):  # not by sys.stdin, which Python could not close at its end
+            pass
+        leads = os.getpgrp() == os.getpid()  # as a child of `lamina/processes.py` does
+        (os.killpg if leads else os.kill)(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_until_stopped(main: Coroutine[Any, Any, T]) -> T:

@@ -4,7 +4,7 @@ Rules: a child ends with its parent, even one that is killed: it reads its stand
 (`lamina/options.py`). A child that was killed is started again, as a service manager on a device would do;
 one that ends with an error is not, for it would end so again.
 
-Next: `lamina/run.py`, which starts them.
+Next: `lamina/local.py`, which starts them.
 """
 
 from __future__ import annotations
@@ -48,14 +48,12 @@ class Processes:
     async def __aexit__(self, *_exception: object) -> None:
         living = [child for child in self._children if child.returncode is None]
         for child in living:
-            with contextlib.suppress(ProcessLookupError):
-                child.terminate()
+            _signal(child, signal.SIGTERM)
         if living:
             await asyncio.wait([asyncio.ensure_future(child.wait()) for child in living], timeout=GRACE_S)
         for child in living:
             if child.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.kill()
+                _signal(child, signal.SIGKILL)
                 await child.wait()
 
     def log(self, name: str) -> Path:
@@ -83,9 +81,10 @@ class Processes:
     async def run(self, name: str, *arguments: str) -> str:
         """Run one to its end; what it printed. Raises `ChildFailed`."""
         child = await self.start(name, *arguments)
-        output, _ = await child.communicate()
-        if child.returncode:
-            raise ChildFailed(name, child.returncode, self.log(name))
+        assert child.stdout is not None
+        output = await child.stdout.read()  # not `communicate`, which closes what it stops with
+        if code := await child.wait():
+            raise ChildFailed(name, code, self.log(name))
         return output.decode()
 
     async def keep(self, name: str, *arguments: str) -> None:
@@ -99,6 +98,12 @@ class Processes:
                 raise ChildFailed(name, code, self.log(name))
             self._note(f"{name} was killed ({signal.Signals(-code).name}), starting it again")
             await asyncio.sleep(RESTART_AFTER_S)
+
+
+def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """To a child and what it has started, which are a session of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
 
 
 def last_line(path: Path) -> str:

@@ -1,31 +1,26 @@
 """`lamina run`: the whole thing on one machine, each program in a process of its own.
 
-Rules: nothing here is a shortcut. Data, bundle, broker, aggregator and clients are the commands that a
-person types on three machines; this file only chooses their arguments and draws what the aggregator tells.
+Rules: this file turns options into a `LocalRun`, and draws what the aggregator tells.
 
-    DIR/data/...                      the prepared data set, for the next run too
-    DIR/runs/<run>/bundle             the exported stages, unless --bundle says where they are
-    DIR/runs/<run>/aggregator         books, blobs, and `model`, the final model
-    DIR/runs/<run>/clients/<client>   each client's state
-    DIR/runs/<run>/logs               what each of them logged
+    DIR/data/...      the prepared data set, for the next run too
+    DIR/runs/<run>    the run: `lamina/local.py` says what is in it
 
-Next: `lamina/processes.py`, which keeps them; `aggregator/run.py`, `edge_client/session.py`, what they do.
+Next: `lamina/local.py`, which conducts it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import time
-from collections.abc import Collection, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from lamina.local import LocalRun, clients_of, conduct
 from lamina.options import (
     broker_option,
     column_option,
@@ -38,47 +33,17 @@ from lamina.options import (
     plan_options,
     run_until_stopped,
 )
-from wire.errors import LaminaError, UserError
+from wire.errors import UserError
 from wire.mqtt import Broker
-from wire.tasks import beside
 from wire.topics import check_name
 
 if TYPE_CHECKING:
     from aggregator.events import RunClosed
-    from lamina.processes import Processes
-    from lamina.view import View
     from wire.manifest import Manifest
 
 
 EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "memory_budget")
 """Parameters that only an export heeds."""
-
-
-@dataclass(frozen=True)
-class LocalRun:
-    """What the options say.
-
-    folder: of this run. bundle: exported before, or None. broker: None for our own. engines: of the
-    clients, in turn. features: client options. memory_budget: of a client, bytes. plan: aggregator options.
-    """
-
-    name: str
-    folder: Path
-    data: Path
-    clients: tuple[str, ...]
-    bundle: Path | None
-    schedule: str
-    model: str
-    options: tuple[str, ...]
-    warm_start: str
-    columns: tuple[str, ...]
-    engines: tuple[str, ...]
-    threads: int
-    micro_batch_size: str
-    features: tuple[str, ...]
-    memory_budget: int | None
-    broker: str | None
-    plan: dict[str, Any]
 
 
 @click.command("run", short_help="All of it on this machine.")
@@ -177,7 +142,7 @@ def command(
         name or f"{schedule}-s{plan['seed']}-{time.strftime('%Y%m%d-%H%M%S')}", "the run's name"
     )
     data = data or _prepare_emoji(folder, clients)
-    names = _clients(data)
+    names = clients_of(data)
     if plan["min_available_clients"] is None:
         plan["min_available_clients"] = len(names)
     RunPlan(**plan)
@@ -242,137 +207,6 @@ def as_result(closed: RunClosed) -> dict[str, Any]:
     result: dict[str, Any] = msgspec.to_builtins(closed)
     del result["type"]
     return result
-
-
-async def conduct(run: LocalRun, view: View) -> RunClosed:
-    """Start everything, draw what happens, stop everything."""
-    from lamina.processes import Processes
-
-    async with Processes(run.folder / "logs", view.note) as processes:
-        bundle = run.bundle or await _export(run, processes, view)
-        broker_ends: Coroutine[Any, Any, Any]
-        if run.broker is None:
-            url, broker_ends = await _start_broker(processes)
-        else:
-            url, broker_ends = run.broker, asyncio.Event().wait()
-        view.status(f"starting the clients on {url}")
-        return await beside(
-            _aggregate(run, processes, url, bundle, view),
-            _keep_clients(run, processes, url, view),
-            broker_ends,
-        )
-
-
-async def _export(run: LocalRun, processes: Processes, view: View) -> Path:
-    view.status(f"exporting {run.model} for {run.schedule}, and checking it against torch")
-    bundle = run.folder / "bundle"
-    told = await processes.run("export", "export", *_export_arguments(run, bundle))
-    if run.memory_budget is not None:
-        for line in told.splitlines():
-            if "expected" in line:
-                view.note(line)
-    return bundle
-
-
-async def _aggregate(run: LocalRun, processes: Processes, url: str, bundle: Path, view: View) -> RunClosed:
-    from aggregator.events import RunClosed, from_json
-    from lamina.processes import ChildFailed
-
-    child = await processes.start("aggregator", "aggregator", *_aggregator_arguments(run, url, bundle))
-    assert child.stdout is not None
-    closed: RunClosed | None = None
-    async for line in child.stdout:
-        event = from_json(line)
-        view.show(event)
-        if isinstance(event, RunClosed):
-            closed = event
-    code = await child.wait()
-    if closed is None:
-        raise ChildFailed("aggregator", code, processes.log("aggregator"))
-    return closed
-
-
-async def _keep_clients(run: LocalRun, processes: Processes, url: str, view: View) -> None:
-    """For ever. Raises a client's error when fewer are left than the aggregator waits for."""
-    errors: list[LaminaError] = []
-
-    async def keep(client: str) -> None:
-        try:
-            await processes.keep(client, "client", *_client_arguments(run, url, client))
-        except LaminaError as error:
-            view.note(str(error))
-            errors.append(error)
-            if len(run.clients) - len(errors) < run.plan["min_available_clients"]:
-                raise
-
-    await asyncio.gather(*(keep(client) for client in run.clients))
-    await asyncio.Event().wait()  # the aggregator has the last word
-
-
-async def _start_broker(processes: Processes) -> tuple[str, Coroutine[Any, Any, None]]:
-    """Its address, and what raises once it has ended."""
-    from lamina.processes import ChildFailed
-
-    child = await processes.start("broker", "broker", "--port", "0")
-    assert child.stdout is not None
-    line = (await child.stdout.readline()).decode().strip()
-
-    async def ends() -> None:
-        raise ChildFailed("broker", await child.wait(), processes.log("broker"))
-
-    if not line:
-        await ends()
-    return line.split()[-1], ends()
-
-
-def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
-    arguments = ["--model", run.model, "--schedule", run.schedule, "--warm-start", run.warm_start]
-    arguments += ["--seed", str(run.plan["seed"])]
-    arguments += [word for option in run.options for word in ("--option", option)]
-    arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
-    arguments += ["--max-batch-size", str(max(64, run.plan["batch_size"]))]
-    arguments += ["--micro-batch-size", run.micro_batch_size]
-    if run.memory_budget is not None:
-        arguments += ["--memory-budget", f"{run.memory_budget}B"]
-        arguments += ["--batch-size", str(run.plan["batch_size"])]
-    arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
-    return [*arguments, *_columns(run), "--out", str(bundle)]
-
-
-def _aggregator_arguments(run: LocalRun, url: str, bundle: Path) -> list[str]:
-    arguments = ["--broker", url, "--bundle", str(bundle), "--name", run.name]
-    arguments += ["--dir", str(run.folder / "aggregator"), "--json", *_columns(run)]
-    if (run.data / "holdout").is_dir():
-        arguments += ["--holdout", str(run.data / "holdout")]
-    return arguments + [
-        word for name, value in run.plan.items() for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-
-
-def _client_arguments(run: LocalRun, url: str, client: str) -> list[str]:
-    arguments = ["--broker", url, "--data", str(run.data / "clients" / client), "--name", client]
-    arguments += ["--run", run.name, "--dir", str(run.folder / "clients" / client)]
-    engine = run.engines[run.clients.index(client) % len(run.engines)]
-    arguments += ["--engine", engine, "--threads", str(run.threads), *run.features]
-    return [*arguments, *_columns(run)]
-
-
-def _columns(run: LocalRun) -> list[str]:
-    return [word for column in run.columns for word in ("--column", column)]
-
-
-def _clients(data: Path) -> tuple[str, ...]:
-    """The clients that the data is divided among. Raises `UserError`."""
-    folder = data / "clients"
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not names:
-        raise UserError(
-            f"{data} has no clients/<name>/ with examples",
-            "see `lamina data prepare`, or divide your own data so",
-        )
-    for name in names:
-        check_name(name, "the client's name")
-    return tuple(names)
 
 
 def _prepare_emoji(folder: Path, clients: int) -> Path:

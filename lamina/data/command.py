@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lamina.options import end_with_parent
 from wire.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def command() -> None:
 @command.group()
 def prepare() -> None:
     """Download a data set and divide it among clients."""
+    end_with_parent()
 
 
 @prepare.command()

@@ -1,0 +1,177 @@
+"""Which results belong together, and figures of several: the arithmetic of the report, no drawing.
+
+Rules: the settings of the data say what the *problem* is, all others what the *method* is; results that
+differ in their seed or fold alone are repeats of one. Only methods of one problem are compared. A curve
+between two rounds is a straight line; before its first round and after its last it has no value.
+
+Next: `lamina/experiment/tables.py` and `lamina/experiment/pictures.py`, which show it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lamina.experiment.grid import shown
+from lamina.experiment.result import Result, RoundResult
+from lamina.experiment.settings import CENTRALISED, DEFAULTS, Values, data_settings
+
+REPEATS = ("seed", "data_seed", "fold")
+METRICS = ("accuracy", "recall@10")
+"""The usual ones, where the file names none."""
+
+_TITLES = {
+    "end_to_end": "end-to-end",
+    "progressive": "progressive",
+    "layerwise": "layer-wise",
+    CENTRALISED: "centralised",
+}
+
+Points = npt.NDArray[np.float64]
+Of = Callable[[RoundResult], float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """The repeats of one method on one problem. varied: its settings that others of the grid have not."""
+
+    label: str
+    varied: Values
+    results: tuple[Result, ...]
+
+    @property
+    def is_centralised(self) -> bool:
+        """Whether nothing travels but for the sake of the same programs."""
+        return bool(self.results[0].settings["schedule"] == CENTRALISED)
+
+    def curves(self, x: Of, metric: str) -> list[tuple[Points, Points]]:
+        """Each repeat's metric over a figure."""
+        found = []
+        for result in self.results:
+            rounds = [one for one in result.rounds if metric in one.metrics]
+            found.append(
+                (np.array([x(one) for one in rounds]), np.array([o.metrics[metric] for o in rounds]))
+            )
+        return [(xs, ys) for xs, ys in found if len(xs)]
+
+    def totals(self, of: Of) -> list[float]:
+        """A figure of each repeat's whole run."""
+        return [of(result.last) for result in self.results]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained on. label: what sets it apart in its grid; may be empty."""
+
+    label: str
+    varied: Values
+    methods: tuple[Method, ...]
+
+
+def problems(results: Sequence[Result]) -> list[Problem]:
+    """The results of a grid, sorted; in their order."""
+    of_data = set().union(*(_data_names(result.settings) for result in results))
+    varied = [
+        name
+        for name in dict.fromkeys(name for result in results for name in result.settings)
+        if name not in REPEATS and len({shown(result.settings.get(name)) for result in results}) > 1
+    ]
+    groups: dict[str, dict[str, list[Result]]] = {}
+    apart: dict[str, Values] = {}
+    for result in results:
+        problem = {name: result.settings.get(name) for name in varied if name in of_data}
+        method = {name: result.settings.get(name) for name in varied if name not in of_data}
+        keys = _label(problem), _method_label(result.settings, method)
+        apart |= {keys[0]: problem, "\n".join(keys): method}
+        groups.setdefault(keys[0], {}).setdefault(keys[1], []).append(result)
+    return [
+        Problem(
+            problem,
+            apart[problem],
+            tuple(
+                Method(method, apart[f"{problem}\n{method}"], tuple(repeats))
+                for method, repeats in methods.items()
+            ),
+        )
+        for problem, methods in groups.items()
+    ]
+
+
+def metric_of(results: Iterable[Result], wanted: str) -> str:
+    """The metric to show: the one that is wanted, or the first of the usual ones."""
+    have = {name for result in results for name in result.metrics}
+    return wanted or next((name for name in METRICS if name in have), "")
+
+
+def chance_of(results: Iterable[Result], metric: str) -> float | None:
+    """What guessing would give, where the metrics say so."""
+    name = "chance" + metric[metric.find("@") :] if "@" in metric else "chance"
+    return next((result.metrics[name] for result in results if name in result.metrics), None)
+
+
+def traffic(one: RoundResult) -> float:
+    """Bytes that a client has sent and received."""
+    return one.bytes_sent + one.bytes_received
+
+
+def value_at(xs: Points, ys: Points, x: float) -> float | None:
+    """A curve's value, by a straight line between two of its points. None: x is not within the curve."""
+    if not len(xs) or x < xs[0] or x > xs[-1] * (1 + 1e-9):
+        return None
+    return float(np.interp(x, xs, ys))
+
+
+def band(curves: Sequence[tuple[Points, Points]]) -> tuple[Points, Points, Points, Points]:
+    """x, mean, least, most of several curves, where all of them have a value."""
+    first, last = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+    x = np.unique(np.concatenate([xs for xs, _ in curves]))
+    x = x[(x >= first) & (x <= last)]
+    values = np.array([np.interp(x, xs, ys) for xs, ys in curves])
+    return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def at_equal(problem: Problem, of: Of, metric: str) -> tuple[float, dict[str, list[float]]] | None:
+    """What each method has reached when it has spent as little as the least of them does in all.
+
+    The budget, and by label each repeat's metric; empty where a repeat has no round within the budget.
+    None where there are not two to compare. A centralised model is not.
+    """
+    methods = [
+        method for method in problem.methods if not method.is_centralised and method.curves(of, metric)
+    ]
+    if len(methods) < 2:
+        return None
+    budget = min(statistics.mean(method.totals(of)) for method in methods)
+    reached: dict[str, list[float]] = {}
+    for method in methods:
+        values = [value_at(xs, ys, min(budget, float(xs[-1]))) for xs, ys in method.curves(of, metric)]
+        reached[method.label] = [] if None in values else [value for value in values if value is not None]
+    return budget, reached
+
+
+def _data_names(settings: Values) -> set[str]:
+    own = {"data", "data_set", "data_seed", "clients"}
+    return own | set(data_settings(settings["data_set"], "")[0]) if "data_set" in settings else own
+
+
+def _method_label(settings: Values, varied: Values) -> str:
+    more = {
+        name: value
+        for name, value in varied.items()
+        if name != "schedule" and value is not None and value != DEFAULTS.get(name)
+    }
+    title = _TITLES[settings["schedule"]]
+    return f"{title}, {_label(more)}" if more else title
+
+
+def _label(varied: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.removeprefix('option.')} {shown(value)}"
+        for name, value in varied.items()
+        if value is not None
+    )

@@ -1,0 +1,154 @@
+"""One row: the commands that a person types, as `lamina run` gives them, and what came of it.
+
+Rules: a row begins in a clean folder, whatever a killed one has left there. Its final model gets its place
+before the result is written, and only with a result is a row done.
+
+    DIR/rows/<id>/result.json   what it has come to
+    DIR/rows/<id>/model         the final model
+    DIR/rows/<id>/run           while it runs or with --keep, and after a failure: see `lamina/local.py`
+
+Next: `lamina/local.py`, which conducts the run; `lamina/experiment/result.py`, which adds it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aggregator.events import RoundClosed
+from edge_client.device import version
+from edge_client.engines import ENGINES, choose
+from lamina.experiment.grid import Row
+from lamina.experiment.models import model_options
+from lamina.experiment.result import (
+    Result,
+    RoundResult,
+    by_stage,
+    closing,
+    examples_of,
+    read_result,
+    rounds_of,
+    write_result,
+)
+from lamina.experiment.settings import PLAN, Values
+from lamina.experiment.shared import Data, Shared, rounds_a_stage, stage_costs
+from lamina.local import LocalRun, conduct
+
+if TYPE_CHECKING:
+    from aggregator.events import Event
+
+MODEL, RESULT = "model", "result.json"
+
+
+def home(folder: Path, row: str) -> Path:
+    """A row's own folder."""
+    return folder / "rows" / row
+
+
+def result_of(folder: Path, row: str) -> Result | None:
+    """What a row has come to, if it is done. Raises `UserError`."""
+    return read_result(home(folder, row) / RESULT)
+
+
+async def run_row(
+    row: Row, folder: Path, shared: Shared, broker: str | None, note: Callable[[str], None], *, keep: bool
+) -> Result:
+    """Run it anew, to its result. Raises `LaminaError`, whatever of its programs failed."""
+    own = home(folder, row.id)
+    await asyncio.to_thread(shutil.rmtree, own, ignore_errors=True)
+    own.mkdir(parents=True)
+    data = await shared.data(row.settings)
+    run = _local_run(row, own / "run", data, broker)
+    bundle = await shared.bundle(run, data, row.settings)
+    run = _with_bundle(run, bundle, row.settings)
+    record = _Record(note)
+    await conduct(run, record)
+    costs = await asyncio.to_thread(stage_costs, bundle, row.settings, run.engines[0])
+    result = _result(row, run, record.events, rounds_of(record.events, run.groups, costs, row.settings))
+    (run.folder / "aggregator" / MODEL).rename(own / MODEL)
+    write_result(own / RESULT, result)
+    if not keep:
+        await asyncio.to_thread(shutil.rmtree, run.folder, ignore_errors=True)
+    return result
+
+
+class _Record:
+    """Keeps the aggregator's events; what should be known goes to `note`."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.events: list[Event] = []
+        self.note = note
+
+    def status(self, text: str) -> None:
+        """Nobody watches one row of many."""
+
+    def show(self, event: Event) -> None:
+        """Keep it."""
+        self.events.append(event)
+
+
+def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalRun:
+    settings = row.settings
+    plan = {name: settings[name] for name in PLAN} | {"seed": settings["seed"]}
+    plan["min_available_clients"] = plan["min_available_clients"] or len(data.clients)
+    limit = () if settings["feature_cache"] else ("--max-feature-mb", "0")
+    return LocalRun(
+        name=row.id,
+        folder=folder,
+        data=data.folder,
+        clients=data.clients,
+        bundle=None,
+        schedule=settings["schedule"],
+        model=settings["model"],
+        options=tuple(f"{name}={json.dumps(value)}" for name, value in model_options(settings).items()),
+        warm_start=settings["warm_start"],
+        columns=tuple(
+            f"{name.removeprefix('column.')}={value}"
+            for name, value in settings.items()
+            if name.startswith("column.")
+        ),
+        engines=(choose(settings["engine"], ENGINES),),
+        threads=settings["threads"],
+        micro_batch_size=_numbers(settings["micro_batch_size"]),
+        features=("--feature-dtype", settings["feature_dtype"], *limit),
+        memory_budget=None,
+        broker=broker,
+        plan=plan,
+        client_processes=settings["client_processes"],
+    )
+
+
+def _with_bundle(run: LocalRun, bundle: Path, settings: Values) -> LocalRun:
+    return replace(run, bundle=bundle, plan=run.plan | {"rounds": rounds_a_stage(bundle, settings)})
+
+
+def _result(row: Row, run: LocalRun, events: list[Event], rounds: tuple[RoundResult, ...]) -> Result:
+    closed = closing(events)
+    holdout = run.data / "holdout"
+    return Result(
+        id=row.id,
+        settings=row.settings,
+        engine=closed.engine,
+        clients=len(run.clients),
+        first=run.clients[0],
+        examples=examples_of(events),
+        rounds=rounds,
+        metrics=closed.total.metrics,
+        peak_memory_mb_by_stage=by_stage(rounds),
+        updates=closed.total.updates,
+        missing=sum(len(one.missing) for one in events if isinstance(one, RoundClosed)),
+        refusals=closed.total.refusals,
+        holdout=str(holdout) if holdout.is_dir() else "",
+        date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        version=version(),
+    )
+
+
+def _numbers(value: int | list[int]) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
