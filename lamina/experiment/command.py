@@ -12,7 +12,7 @@ Next: `lamina/experiment/grid.py`, the file; `lamina/experiment/conduct.py`, the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,21 +69,21 @@ def command(
 
     experiment = read_experiment(file)
     rows = experiment.chosen(only)
+    more = "" if folder is None else f" --dir {folder}"
     folder = folder or Path("lamina-work/experiments") / file.stem
     if listing:
         _list(experiment, rows, folder, as_json=as_json)
         return
     if report is not None:
-        _report(experiment, folder, report)
+        _report(experiment, folder, more, report)
         return
     if broker is not None:
         Broker.parse(broker)
-    _ready(experiment, rows)
     with locked(folder, "wait for it, or choose another --dir"):
         try:
             _run(experiment, rows, folder, jobs, broker, again=again, keep=keep)
         finally:
-            _report(experiment, folder, folder / "report")
+            _report(experiment, folder, more, folder / "report")
     if as_json:
         _list(experiment, rows, folder, as_json=True)
 
@@ -98,16 +98,19 @@ def _run(
     again: bool,
     keep: bool,
 ) -> None:
-    from lamina.experiment.conduct import run_rows
     from lamina.experiment.row import result_of
 
     todo = [row for row in rows.values() if again or result_of(folder, row.id) is None]
     _note(f"{len(todo)} of {len(rows)} rows to run, in {folder}")
-    if todo:
-        run_until_stopped(run_rows(todo, folder, jobs, broker, _note, metric=experiment.metric, keep=keep))
+    if not todo:
+        return
+    _check(todo, str(experiment.file))
+    from lamina.experiment.conduct import run_rows
+
+    run_until_stopped(run_rows(todo, folder, jobs, broker, _note, metric=experiment.metric, keep=keep))
 
 
-def _ready(experiment: Experiment, rows: Mapping[str, Row]) -> None:
+def _check(todo: Sequence[Row], where: str) -> None:
     """Raises `UserError` for what could be told later, when hours have gone by."""
     from lamina.experiment.report import tools_are_here
 
@@ -121,8 +124,8 @@ def _ready(experiment: Experiment, rows: Mapping[str, Row]) -> None:
     from edge_client.engines import ENGINES, choose
     from lamina.experiment.models import check_models
 
-    check_models([row.settings for row in rows.values()], str(experiment.file))
-    for engine in {row.settings["engine"] for row in rows.values()}:
+    check_models([row.settings for row in todo], where)
+    for engine in {row.settings["engine"] for row in todo}:
         choose(engine, ENGINES)
 
 
@@ -146,13 +149,13 @@ def _list(experiment: Experiment, rows: Mapping[str, Row], folder: Path, *, as_j
         click.echo(f"{row.id}  {' '.join(names[row.id])}  {state}")
 
 
-def _report(experiment: Experiment, folder: Path, out: Path) -> None:
+def _report(experiment: Experiment, folder: Path, more: str, out: Path) -> None:
     from lamina.experiment.report import write_report
     from lamina.experiment.row import result_of
 
     results = {row: result for row in experiment.rows if (result := result_of(folder, row)) is not None}
     if results:
-        click.echo(write_report(experiment, results, out))
+        click.echo(write_report(experiment, results, folder, more, out))
     elif out != folder / "report":
         raise UserError(
             f"no row of {experiment.file} is done in {folder}", "run it first, or name its --dir"

@@ -12,14 +12,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lamina.experiment.grid import shown
 from lamina.experiment.result import Result, RoundResult
-from lamina.experiment.settings import CENTRALISED, DEFAULTS, Values, data_settings
+from lamina.experiment.settings import CENTRALISED, DEFAULTS, Values, data_settings, idle
 
 REPEATS = ("seed", "data_seed", "fold")
 METRICS = ("accuracy", "recall@10")
@@ -49,6 +48,11 @@ class Method:
         """Whether nothing travels but for the sake of the same programs."""
         return bool(self.results[0].settings["schedule"] == CENTRALISED)
 
+    @property
+    def title(self) -> str:
+        """Its schedule's name."""
+        return _TITLES[self.results[0].settings["schedule"]]
+
     def curves(self, x: Of, metric: str) -> list[tuple[Points, Points]]:
         """Each repeat's metric over a figure."""
         found = []
@@ -75,18 +79,19 @@ class Problem:
 
 def problems(results: Sequence[Result]) -> list[Problem]:
     """The results of a grid, sorted; in their order."""
+    used = [_used(result.settings) for result in results]
     of_data = set().union(*(_data_names(result.settings) for result in results))
     varied = [
         name
-        for name in dict.fromkeys(name for result in results for name in result.settings)
-        if name not in REPEATS and len({shown(result.settings.get(name)) for result in results}) > 1
+        for name in dict.fromkeys(name for settings in used for name in settings)
+        if name not in REPEATS and len({shown(one[name]) for one in used if name in one}) > 1
     ]
     groups: dict[str, dict[str, list[Result]]] = {}
     apart: dict[str, Values] = {}
-    for result in results:
-        problem = {name: result.settings.get(name) for name in varied if name in of_data}
-        method = {name: result.settings.get(name) for name in varied if name not in of_data}
-        keys = _label(problem), _method_label(result.settings, method)
+    for result, settings in zip(results, used, strict=True):
+        problem = {name: settings[name] for name in varied if name in of_data and name in settings}
+        method = {name: settings[name] for name in varied if name not in of_data and name in settings}
+        keys = _label(problem), _method_label(settings["schedule"], method)
         apart |= {keys[0]: problem, "\n".join(keys): method}
         groups.setdefault(keys[0], {}).setdefault(keys[1], []).append(result)
     return [
@@ -117,6 +122,12 @@ def chance_of(results: Iterable[Result], metric: str) -> float | None:
 def traffic(one: RoundResult) -> float:
     """Bytes that a client has sent and received."""
     return one.bytes_sent + one.bytes_received
+
+
+def flop_unit(results: Iterable[Result]) -> tuple[float, str]:
+    """What to count FLOPs in, so that the most of them is a number to read."""
+    most = max((result.last.flops for result in results), default=0.0)
+    return (1e12, "TFLOP") if most >= 1e11 else (1e9, "GFLOP")
 
 
 def value_at(xs: Points, ys: Points, x: float) -> float | None:
@@ -154,24 +165,24 @@ def at_equal(problem: Problem, of: Of, metric: str) -> tuple[float, dict[str, li
     return budget, reached
 
 
+def _used(settings: Values) -> Values:
+    """Those that a row has a use for."""
+    unused = idle(settings)
+    return {name: value for name, value in settings.items() if name not in unused and value is not None}
+
+
 def _data_names(settings: Values) -> set[str]:
     own = {"data", "data_set", "data_seed", "clients"}
     return own | set(data_settings(settings["data_set"], "")[0]) if "data_set" in settings else own
 
 
-def _method_label(settings: Values, varied: Values) -> str:
+def _method_label(schedule: str, varied: Values) -> str:
     more = {
-        name: value
-        for name, value in varied.items()
-        if name != "schedule" and value is not None and value != DEFAULTS.get(name)
+        name: value for name, value in varied.items() if name != "schedule" and value != DEFAULTS.get(name)
     }
-    title = _TITLES[settings["schedule"]]
+    title = _TITLES[schedule]
     return f"{title}, {_label(more)}" if more else title
 
 
-def _label(varied: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name.removeprefix('option.')} {shown(value)}"
-        for name, value in varied.items()
-        if value is not None
-    )
+def _label(varied: Values) -> str:
+    return ", ".join(f"{name.removeprefix('option.')} {shown(value)}" for name, value in varied.items())

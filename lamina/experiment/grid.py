@@ -80,11 +80,9 @@ class Experiment:
         for pattern in patterns:
             matching = {row for name, row in names if name == pattern or fnmatch.fnmatchcase(name, pattern)}
             if not matching:
-                hint = did_you_mean(pattern, [*self.rows, *(name for name, _ in names)])
-                raise UserError(
-                    f"no row of {self.file} is {pattern!r}",
-                    hint if hint.startswith("did") else "see them with --list",
-                )
+                known = list(dict.fromkeys(name for name, _ in names))
+                hint = did_you_mean(pattern, known, "see them with --list")
+                raise UserError(f"no row of {self.file} is {pattern!r}", hint)
             found |= matching
         return {row: self.rows[row] for row in self.rows if row in found}
 
@@ -146,7 +144,9 @@ def shown(value: Any) -> str:
     """A setting's value in a name or a table."""
     if isinstance(value, list):
         return "-".join(map(shown, value))
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def _over(base: Values, chosen: Values) -> Values:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lamina.experiment.compare import Method, Of, Problem, band, traffic
+from lamina.experiment.compare import Method, Of, Problem, band, flop_unit, traffic
 from wire.errors import UserError
 
 COLOURS = {
@@ -64,8 +64,9 @@ def draw_costs(problem: Problem, metric: str, chance: float | None, colours: Col
     rounds.xaxis.get_major_locator().set_params(integer=True)
     _curves(sent, problem, metric, colours, traffic, 1e6)
     sent.set_xlabel("MB that a client has sent and received")
-    _curves(computed, problem, metric, colours, lambda one: one.flops, 1e12)
-    computed.set_xlabel("TFLOP that a client has computed")
+    unit, flop = flop_unit(result for method in problem.methods for result in method.results)
+    _curves(computed, problem, metric, colours, lambda one: one.flops, unit)
+    computed.set_xlabel(f"{flop} that a client has computed")
     _memory(memory, problem, metric, colours)
     for axes in grid.flat:
         if chance is not None:
@@ -138,7 +139,7 @@ def _curves(
 ) -> None:
     """everyone: draw a centralised model's curve too, else it is a line across."""
     ends: list[float] = []
-    for method in problem.methods:
+    for place, method in enumerate(problem.methods):
         curves = method.curves(of, metric)
         if not curves:
             continue
@@ -151,7 +152,14 @@ def _curves(
         dash = "--" if method.is_centralised else "-"
         marker = "o" if len(x) <= 12 else ""
         axes.plot(
-            x, mean, dash, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=method.label
+            x,
+            mean,
+            dash,
+            color=colour,
+            linewidth=_width(place, len(problem.methods)),
+            marker=marker,
+            markersize=3.5,
+            label=method.label,
         )
         axes.fill_between(x, least, most, color=colour, alpha=0.16, linewidth=0)
     if ends and max(ends) > _FAR_APART * min(ends):
@@ -162,7 +170,8 @@ def _curves(
 
 def _memory(axes: Any, problem: Problem, metric: str, colours: Colours) -> None:
     """The final metric at a client's peak memory."""
-    for method in problem.methods:
+    largest = 0.0
+    for place, method in enumerate(problem.methods):
         colour = colours[method.label]
         if method.is_centralised:
             _ceiling(axes, method, metric, colour)
@@ -182,12 +191,17 @@ def _memory(axes: Any, problem: Problem, metric: str, colours: Colours) -> None:
             yerr=[[mean[1] - least[1]], [most[1] - mean[1]]],
             fmt="o",
             color=colour,
-            markersize=7,
+            markersize=11 - 6 * place / max(1, len(problem.methods) - 1),
             capsize=3,
         )
-    axes.set_xlim(left=0)
-    axes.margins(x=0.1)
+        largest = max(largest, float(most[0]))
+    axes.set_xlim(0, 1.15 * largest or 1.0)
     axes.set_xlabel("peak memory of a client, MB (metric at the end)")
+
+
+def _width(place: int, methods: int) -> float:
+    """Of a line, in points: the first is the widest, so lines that are equal are all seen."""
+    return 3.6 - 2.2 * place / max(1, methods - 1)
 
 
 def _ceiling(axes: Any, method: Method, metric: str, colour: str) -> None:

@@ -52,8 +52,13 @@ def tools_are_here() -> None:
     matplotlib_is_here()
 
 
-def write_report(experiment: Experiment, results: Mapping[str, Result], out: Path) -> Path:
-    """Write it; the page. results: by row, of those that are done. Raises `UserError`."""
+def write_report(
+    experiment: Experiment, results: Mapping[str, Result], folder: Path, more: str, out: Path
+) -> Path:
+    """Write it; the page. results: by row, of those that are done. folder: where their models are.
+
+    more: options that the command of a row needs. Raises `UserError`.
+    """
     tools_are_here()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +69,10 @@ def write_report(experiment: Experiment, results: Mapping[str, Result], out: Pat
     colours = colours_of(labels)
     page = [f"# {experiment.file.stem}", "", _done(experiment, results), ""]
     for grid in experiment.grids:
-        page += _section(grid, found[grid.name], experiment, colours, out)
+        page += _section(grid, found[grid.name], experiment.metric, colours, out)
+        rows = [method for problem in found[grid.name] for method in problem.methods]
+        page += ["<details><summary>Each row's commands</summary>", ""]
+        page += [commands(rows, f"{experiment.file}{more}", folder), "", "</details>", ""]
     page.append(NOTES.strip())
     path = out / NAME
     path.write_text("\n".join(page) + "\n", encoding="utf-8")
@@ -86,15 +94,13 @@ def _done(experiment: Experiment, results: Mapping[str, Result]) -> str:
     )
 
 
-def _section(
-    grid: Grid, found: Sequence[Problem], experiment: Experiment, colours: Colours, out: Path
-) -> list[str]:
+def _section(grid: Grid, found: Sequence[Problem], wanted: str, colours: Colours, out: Path) -> list[str]:
     methods = [method for problem in found for method in problem.methods]
     results = [result for method in methods for result in method.results]
     page = [f"## {grid.name}", ""]
     if not results:
         return [*page, "No row is done.", ""]
-    metric = metric_of(results, experiment.metric)
+    metric = metric_of(results, wanted)
     page += [figures(found, metric), ""]
     if not metric:
         page += ["Without a hold-out there is no metric.", ""]
@@ -110,8 +116,6 @@ def _section(
             name = f"{grid.name}.png" if len(found) == 1 else f"{grid.name}-{number}.png"
             draw_costs(problem, metric, chance_of_problem(problem, metric), colours, out / name)
             page += [f"![{problem.label or grid.name}]({name})", ""]
-    page += ["<details><summary>Each row's commands</summary>", ""]
-    page += [commands(methods, str(experiment.file)), "", "</details>", ""]
     return page
 
 

@@ -153,7 +153,7 @@ def complete(given: Values, seed: int, where: str) -> Values:
     for name in ("data_set", "data_seed") if "data" in given else ("data",):
         del values[name]
     _check_together(values, given, seed, where)
-    return _without_idle(values) | {"seed": seed}
+    return values | {name: DEFAULTS[name] for name in idle(values)} | {"seed": seed}
 
 
 def telling(values: Values) -> Values:
@@ -169,17 +169,18 @@ def telling(values: Values) -> Values:
     }
 
 
-def _without_idle(values: Values) -> Values:
-    idle: list[str] = []
+def idle(values: Values) -> list[str]:
+    """Settings that a row has no use for, whatever they are."""
+    found: list[str] = []
     if values["schedule"] != "layerwise":
-        idle += ["feature_cache", "feature_dtype"]
+        found += ["feature_cache", "feature_dtype"]
     if values["schedule"] in ("end_to_end", CENTRALISED):
-        idle += ["blocks_per_stage", "warm_start"]
+        found += ["blocks_per_stage", "warm_start"]
     if values["schedule"] == CENTRALISED:
-        idle += _ALONE
+        found += _ALONE
     if values["total_rounds"] is not None:
-        idle.append("rounds")
-    return values | {name: DEFAULTS[name] for name in idle}
+        found.append("rounds")
+    return found
 
 
 def _check_together(values: Values, given: Values, seed: int, where: str) -> None:
@@ -239,8 +240,8 @@ def _checked_entry(name: str, value: Any, where: str) -> Any:
     return value
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint: the name that is nearest, else all."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint: the name that is nearest, else all, or what else to do."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+    return f"did you mean {close[0]}?" if close else otherwise or f"choose one of {', '.join(names)}"

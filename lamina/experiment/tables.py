@@ -10,81 +10,87 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
-from lamina.experiment.compare import Method, Of, Problem, at_equal, traffic
+from lamina.experiment.compare import Method, Of, Problem, at_equal, flop_unit, traffic
 from lamina.experiment.grid import shown
 from lamina.experiment.result import Result, RoundResult
 
 NONE = "–"
 
+TRAVELS = ("MB sent", "MB received")
+
 Column = tuple[str, Callable[[RoundResult], float | None], str]
 
-TRAVELS = ("MB sent", "MB received")
-COLUMNS: tuple[Column, ...] = (
-    ("MB sent", lambda one: one.bytes_sent / 1e6, "{:,.2f}"),
-    ("MB received", lambda one: one.bytes_received / 1e6, "{:,.2f}"),
-    ("TFLOP", lambda one: one.flops / 1e12, "{:,.3g}"),
-    ("peak memory, MB", lambda one: one.peak_memory_mb, "{:,.0f}"),
-    ("seconds", lambda one: one.seconds, "{:,.0f}"),
-    ("CPU, s", lambda one: one.cpu_s, "{:,.0f}"),
-)
-BUDGETS: tuple[tuple[str, Of, str], ...] = (
-    ("bytes", traffic, "{:,.2f} MB"),
-    ("FLOPs", lambda one: one.flops, "{:,.3g} TFLOP"),
-)
+
+def columns(unit: float, flop: str) -> tuple[Column, ...]:
+    """Name, figure and how it is written. unit: what FLOPs are counted in, called `flop`."""
+    return (
+        ("MB sent", lambda one: one.bytes_sent / 1e6, "{:,.2f}"),
+        ("MB received", lambda one: one.bytes_received / 1e6, "{:,.2f}"),
+        (flop, lambda one: one.flops / unit, "{:,.3g}"),
+        ("peak memory, MB", lambda one: one.peak_memory_mb, "{:,.0f}"),
+        ("seconds", lambda one: one.seconds, "{:,.0f}"),
+        ("CPU, s", lambda one: one.cpu_s, "{:,.1f}"),
+    )
 
 
 def figures(found: Sequence[Problem], metric: str) -> str:
     """Every method of every problem of a grid, a line each."""
-    of_problem = list(dict.fromkeys(name for problem in found for name in problem.varied))
-    of_method = list(
-        dict.fromkeys(name for problem in found for method in problem.methods for name in method.varied)
-    )
-    named = [name for name in (*of_problem, *of_method) if name != "schedule"]
-    head = ["", *named, "runs", *([metric] if metric else []), *(name for name, _, _ in COLUMNS)]
+    methods = [(problem, method) for problem in found for method in problem.methods]
+    named = list(dict.fromkeys(name for problem in found for name in problem.varied))
+    named += list(dict.fromkeys(name for _, method in methods for name in method.varied))
+    named = [name for name in named if name != "schedule"]
+    shown_columns = columns(*flop_unit(result for _, method in methods for result in method.results))
+    head = ["", *named, "runs", *([metric] if metric else []), *(name for name, _, _ in shown_columns)]
     lines = []
-    for problem in found:
-        for method in problem.methods:
-            settings = method.results[0].settings
-            cells = [method.label.partition(",")[0], *(_setting(settings.get(name)) for name in named)]
-            cells.append(str(len(method.results)))
-            if metric:
-                cells.append(percent([one.metrics.get(metric) for one in method.results]))
-            for name, of, pattern in COLUMNS:
-                known = [of(result.last) for result in method.results]
-                hidden = method.is_centralised and name in TRAVELS
-                cells.append(NONE if hidden else spread(known, pattern))
-            lines.append(cells)
+    for problem, method in methods:
+        varied = problem.varied | method.varied
+        cells = [method.title, *(shown(varied[name]) if name in varied else NONE for name in named)]
+        cells.append(str(len(method.results)))
+        if metric:
+            cells.append(percent([one.metrics.get(metric) for one in method.results]))
+        for name, of, pattern in shown_columns:
+            hidden = method.is_centralised and name in TRAVELS
+            cells.append(NONE if hidden else spread([of(one.last) for one in method.results], pattern))
+        lines.append(cells)
     return markdown(head, lines, 1 + len(named))
 
 
 def equal(found: Sequence[Problem], metric: str) -> str:
     """What methods have reached at the bytes and FLOPs of the one that spends least; empty without."""
+    unit, flop = flop_unit(
+        result for problem in found for method in problem.methods for result in method.results
+    )
+    budgets: tuple[tuple[str, Of, float, str], ...] = (
+        ("bytes", traffic, 1e6, "{:,.2f} MB"),
+        ("FLOPs", lambda one: one.flops, unit, "{:,.3g} " + flop),
+    )
     lines = []
     for problem in found:
-        for name, of, pattern in BUDGETS:
+        for name, of, one_unit, pattern in budgets:
             compared = at_equal(problem, of, metric)
             if compared is None:
                 continue
             budget, reached = compared
-            amount = pattern.format(budget / (1e6 if name == "bytes" else 1e12))
-            lines += [
-                [problem.label, f"{name}: {amount}", label, percent(values)]
-                for label, values in reached.items()
-            ]
-    apart = any(line[0] for line in lines)
+            amount = f"{name}: {pattern.format(budget / one_unit)}"
+            lines += [[problem.label, amount, label, percent(values)] for label, values in reached.items()]
     head = ["", "at equal", "method", metric]
-    if not apart:
+    if not any(line[0] for line in lines):
         head, lines = head[1:], [line[1:] for line in lines]
     return markdown(head, lines, len(head) - 1) if lines else ""
 
 
-def commands(methods: Iterable[Method], file: str) -> str:
-    """What runs each row again."""
+def commands(methods: Iterable[Method], experiment: str, folder: Path) -> str:
+    """What runs each row again. experiment: FILE and what else is needed."""
     results = [result for method in methods for result in method.results]
-    head = ["row", "run it again", "its model's metrics"]
+    head = ["row", "run it again", "the metrics of its model"]
     lines = [
-        [result.id, f"`lamina experiment {file} --only {result.id} --again`", _evaluation(result)]
+        [
+            result.id,
+            f"`lamina experiment {experiment} --only {result.id} --again`",
+            _evaluation(result, folder),
+        ]
         for result in results
     ]
     return markdown(head, lines, 3)
@@ -94,7 +100,8 @@ def brief(result: Result, metric: str) -> str:
     """A result in half a line."""
     last = result.last
     words = [f"{metric} {percent([result.metrics[metric]])}"] if metric in result.metrics else []
-    words += [f"{traffic(last) / 1e6:,.1f} MB", f"{last.flops / 1e12:,.3g} TFLOP"]
+    unit, flop = flop_unit([result])
+    words += [f"{traffic(last) / 1e6:,.1f} MB of traffic", f"{last.flops / unit:,.3g} {flop}"]
     words += [] if last.peak_memory_mb is None else [f"{last.peak_memory_mb:,.0f} MB of memory"]
     return ", ".join([*words, f"{last.seconds:,.0f} s"])
 
@@ -119,11 +126,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], words: int) ->
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
-def _setting(value: object) -> str:
-    return NONE if value is None else shown(value)
-
-
-def _evaluation(result: Result) -> str:
+def _evaluation(result: Result, folder: Path) -> str:
     if not result.holdout:
         return NONE
-    return f"`lamina evaluate rows/{result.id}/model --data {result.holdout}`"
+    return f"`lamina evaluate {folder / 'rows' / result.id / 'model'} --data {result.holdout}`"
