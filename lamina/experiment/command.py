@@ -80,38 +80,28 @@ def command(
     if broker is not None:
         Broker.parse(broker)
     with locked(folder, "wait for it, or choose another --dir"):
+        todo = _todo(experiment, rows, folder, again=again)
         try:
-            _run(experiment, rows, folder, jobs, broker, again=again, keep=keep)
+            if todo:
+                _run(experiment, todo, folder, jobs, broker, keep=keep)
         finally:
             _report(experiment, folder, more, folder / "report")
     if as_json:
         _list(experiment, rows, folder, as_json=True)
 
 
-def _run(
-    experiment: Experiment,
-    rows: Mapping[str, Row],
-    folder: Path,
-    jobs: int,
-    broker: str | None,
-    *,
-    again: bool,
-    keep: bool,
-) -> None:
+def _todo(experiment: Experiment, rows: Mapping[str, Row], folder: Path, *, again: bool) -> list[Row]:
+    """The rows to run. Raises `UserError` for what could be told later, when hours have gone by."""
     from lamina.experiment.row import result_of
 
     todo = [row for row in rows.values() if again or result_of(folder, row.id) is None]
+    if todo:
+        _check(todo, str(experiment.file))
     _note(f"{len(todo)} of {len(rows)} rows to run, in {folder}")
-    if not todo:
-        return
-    _check(todo, str(experiment.file))
-    from lamina.experiment.conduct import run_rows
-
-    run_until_stopped(run_rows(todo, folder, jobs, broker, _note, metric=experiment.metric, keep=keep))
+    return todo
 
 
 def _check(todo: Sequence[Row], where: str) -> None:
-    """Raises `UserError` for what could be told later, when hours have gone by."""
     from lamina.experiment.report import tools_are_here
 
     tools_are_here()
@@ -127,6 +117,14 @@ def _check(todo: Sequence[Row], where: str) -> None:
     check_models([row.settings for row in todo], where)
     for engine in {row.settings["engine"] for row in todo}:
         choose(engine, ENGINES)
+
+
+def _run(
+    experiment: Experiment, todo: Sequence[Row], folder: Path, jobs: int, broker: str | None, *, keep: bool
+) -> None:
+    from lamina.experiment.conduct import run_rows
+
+    run_until_stopped(run_rows(todo, folder, jobs, broker, _note, metric=experiment.metric, keep=keep))
 
 
 def _list(experiment: Experiment, rows: Mapping[str, Row], folder: Path, *, as_json: bool) -> None:

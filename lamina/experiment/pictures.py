@@ -78,7 +78,7 @@ def draw_costs(problem: Problem, metric: str, chance: float | None, colours: Col
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = min(4, len(handles)) if max(map(len, handles)) < 28 else 2
+    columns = 3 if max(map(len, handles)) < 40 else 2
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
@@ -201,7 +201,7 @@ def _memory(axes: Any, problem: Problem, metric: str, colours: Colours) -> None:
 
 def _width(place: int, methods: int) -> float:
     """Of a line, in points: the first is the widest, so lines that are equal are all seen."""
-    return 3.6 - 2.2 * place / max(1, methods - 1)
+    return 3.2 - 1.8 * place / max(1, methods - 1)
 
 
 def _ceiling(axes: Any, method: Method, metric: str, colour: str) -> None:

@@ -148,7 +148,7 @@ def complete(given: Values, seed: int, where: str) -> Values:
             values[name] = _checked(known[name], value, where, name)
         else:
             of_all = [*known, *(f"{table}.NAME" for table in TABLES)]
-            hint = ELSEWHERE.get(name) or did_you_mean(name, of_all)
+            hint = ELSEWHERE.get(name) or did_you_mean(name, of_all, "docs/experiments.md lists them")
             raise UserError(f"{where}: there is no setting {name!r}", hint)
     for name in ("data_set", "data_seed") if "data" in given else ("data",):
         del values[name]

@@ -155,7 +155,7 @@ def over(line: str) -> str:
 MISTAKES = [
     (over("cleints = 4"), "no setting 'cleints'", "did you mean clients?"),
     (over("seed = 4"), "no setting 'seed'", "seeds = [0, 1, 2]"),
-    (over("widht.option = 4"), "no setting 'widht'", "choose one of"),
+    (over("widht.option = 4"), "no setting 'widht'", "docs/experiments.md"),
     (over('clients = "4"'), "clients is '4'", "a whole number"),
     (over("clients = 4.0"), "clients is 4.0", "a whole number"),
     (over("clients = 0"), "clients: 0 is not in the range", "a whole number"),
@@ -168,7 +168,7 @@ MISTAKES = [
     (over('prefix_compression = "int9"'), "prefix_compression cannot be 'int9'", "did you mean int8?"),
     (over('data_set = "emojis"'), "no data set 'emojis'", "did you mean emoji?"),
     (over('data_set = "emoji"\ndata = "mine"'), "both data and data_set", "one of them"),
-    (over('data = "mine"\nalpha = 0.5'), "no setting 'alpha'", "choose one of"),
+    (over('data = "mine"\nalpha = 0.5'), "no setting 'alpha'", "docs/experiments.md"),
     (over("client_processes = 1"), "client_processes is 1", "write 2"),
     (over("total_rounds = 8"), "both rounds and total_rounds", "one of them"),
     (over('rounds2 = "x"'), "no setting 'rounds2'", "did you mean rounds?"),
