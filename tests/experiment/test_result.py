@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from pyarrow import parquet
 from results import METRIC, result, round_result
@@ -10,7 +12,7 @@ from aggregator.events import ClientCame, RoundClosed, UsageTold
 from export.costs import StageCost
 from export.flops import flops_by_round
 from lamina.experiment.grid import read_experiment
-from lamina.experiment.report import write_report
+from lamina.experiment.report import tools_are_here, write_report
 from lamina.experiment.result import by_stage, read_result, rounds_of, write_result
 from lamina.experiment.settings import complete
 from wire.errors import UserError
@@ -159,3 +161,11 @@ def test_the_report(tmp_path):
     assert rows["examples"].to_pylist() == [30] * 12
     assert rounds["bytes_sent"].to_pylist()[:3] == [1e6, 2e6, 3e6]
     assert rows["grids"].to_pylist()[0] == ["methods"]
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "matplotlib"])
+def test_a_missing_package_is_one_line(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs? {package}") as error:
+        tools_are_here()
+    assert error.value.hint == 'pip install "lamina[experiment]"'
