@@ -18,7 +18,6 @@ from lamina.experiment.row import run_row
 from lamina.experiment.shared import Shared
 from lamina.experiment.tables import brief
 from wire.errors import LaminaError
-from wire.tasks import end
 
 Note = Callable[[str], None]
 
@@ -63,9 +62,13 @@ async def run_rows(
 
     tasks = [asyncio.ensure_future(run(row)) for row in todo]
     try:
-        await asyncio.gather(*tasks)
+        await asyncio.wait(tasks)
     finally:
-        await end(*tasks)
+        for task in tasks:  # once: a row that is cancelled again would not stop its programs in order
+            task.cancel()
+        await asyncio.wait(tasks)
+    for task in tasks:
+        task.result()
     if failed:
         raise RowsFailed(
             f"{len(failed)} of {len(todo)} rows have failed", "the same command tries them again"

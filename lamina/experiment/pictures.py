@@ -78,10 +78,7 @@ def draw_costs(problem: Problem, metric: str, chance: float | None, colours: Col
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = 3 if max(map(len, handles)) < 40 else 2
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    _legend(figure, handles)
     if problem.label:
         figure.suptitle(problem.label, fontsize=11)
     _save(figure, path)
@@ -120,9 +117,7 @@ def draw_summary(found: Sequence[Problem], metric: str, colours: Colours, path: 
     axes.set_xlim(-0.6, len(found) - 0.4)
     axes.set_ylabel(f"{metric} of the hold-out, %")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False
-    )
+    _legend(figure, handles)
     _plain(axes)
     _save(figure, path)
 
@@ -164,6 +159,7 @@ def _curves(
         axes.fill_between(x, least, most, color=colour, alpha=0.16, linewidth=0)
     if ends and max(ends) > _FAR_APART * min(ends):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xlim(left=0)
 
@@ -210,6 +206,14 @@ def _ceiling(axes: Any, method: Method, metric: str, colour: str) -> None:
         axes.axhline(
             statistics.mean(values), color=colour, linewidth=1.4, linestyle="--", label=method.label
         )
+
+
+def _legend(figure: Any, handles: dict[str, Any]) -> None:
+    """Of all panels, below them. handles: by label."""
+    columns = 3 if max(map(len, handles), default=0) < 40 else 2
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def _plain(axes: Any) -> None:

@@ -153,7 +153,7 @@ def complete(given: Values, seed: int, where: str) -> Values:
     for name in ("data_set", "data_seed") if "data" in given else ("data",):
         del values[name]
     _check_together(values, given, seed, where)
-    return values | {name: DEFAULTS[name] for name in idle(values)} | {"seed": seed}
+    return values | {name: defaults[name] for name in idle(values)} | {"seed": seed}
 
 
 def telling(values: Values) -> Values:
@@ -180,6 +180,8 @@ def idle(values: Values) -> list[str]:
         found += _ALONE
     if values["total_rounds"] is not None:
         found.append("rounds")
+    if values.get("partition") == "iid" and "alpha" in values:
+        found.append("alpha")
     return found
 
 

@@ -96,6 +96,8 @@ def test_what_a_row_has_no_use_for_makes_no_difference(tmp_path):
     assert len(read(tmp_path, text).rows) == 2 + 4  # nothing of a centralised model travels
     text = BASE.replace("compression", "blocks_per_stage").replace('["none", "int8"]', "[1, 2]")
     assert len(read(tmp_path, text).rows) == 2 + 4  # end-to-end has one stage
+    text = BASE.replace("compression", "alpha").replace('["none", "int8"]', '[0.1, 1]\npartition = "iid"')
+    assert len(read(tmp_path, text).rows) == 2 + 2
 
 
 def test_own_data_is_beside_the_file(tmp_path):

@@ -171,6 +171,31 @@ def test_the_report_is_there(done: Done) -> None:
     assert [line.endswith("  -") for line in listed] == [False, False, True]
 
 
+def test_ctrl_c_ends_everything(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "small.toml").write_text(FILE.format(data=data))
+    words = ("experiment", str(tmp_path / "small.toml"), "--dir", str(tmp_path / "work"), "--jobs", "2")
+    stopped = subprocess.Popen(
+        [sys.executable, "-m", "lamina", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert stopped.stderr is not None
+    try:
+        until(lambda: any(" export " in line for line in command_lines(str(tmp_path))), "an export")
+        exports = [line for line in command_lines(str(tmp_path)) if " export " in line]
+        assert len(exports) == 1  # the second row waits for the first's
+        stopped.send_signal(signal.SIGINT)
+        assert stopped.wait(30) == 130
+        until(lambda: not command_lines(str(tmp_path)), "the end of all children")
+        said = stopped.stderr.read().decode()
+        assert "Traceback" not in said, said
+    finally:
+        stopped.kill()
+        stopped.wait()
+        stopped.stderr.close()
+
+
 def test_a_command_ends_with_its_parent_and_so_do_its_children(tmp_path: Path) -> None:
     """One without an event loop, such as `lamina export`."""
     program = (
