@@ -135,7 +135,7 @@ def config_option(function: F) -> F:
 
 
 def model_options(function: F) -> F:
-    """`--schedule`, `--model`, `--option` and `--warm-start`: what is trained, and in which stages."""
+    """What is trained, in which stages, and by whom."""
     for option in reversed(
         (
             click.option(
@@ -161,6 +161,11 @@ def model_options(function: F) -> F:
                 default="copy",
                 show_default=True,
                 help="Start a new block as a copy of the one below, or fresh.",
+            ),
+            click.option(
+                "--missing-modalities",
+                is_flag=True,
+                help="Let clients train that lack a modality: what they have, and the head.",
             ),
         )
     ):

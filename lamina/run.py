@@ -50,7 +50,10 @@ if TYPE_CHECKING:
     from wire.manifest import Manifest
 
 
-EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "memory_budget")
+EXPORTED = (
+    *("schedule", "model", "options", "warm_start"),
+    *("missing_modalities", "micro_batch_size", "memory_budget"),
+)
 """Parameters that only an export heeds."""
 
 
@@ -71,6 +74,7 @@ class LocalRun:
     model: str
     options: tuple[str, ...]
     warm_start: str
+    missing_modalities: bool
     columns: tuple[str, ...]
     engines: tuple[str, ...]
     threads: int
@@ -142,6 +146,7 @@ def command(
     model: str,
     options: tuple[str, ...],
     warm_start: str,
+    missing_modalities: bool,
     clients: int,
     data: Path | None,
     bundle: Path | None,
@@ -191,6 +196,7 @@ def command(
         model=model,
         options=options,
         warm_start=warm_start,
+        missing_modalities=missing_modalities,
         columns=columns,
         engines=engines,
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
@@ -328,6 +334,7 @@ async def _start_broker(processes: Processes) -> tuple[str, Coroutine[Any, Any, 
 def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     arguments = ["--model", run.model, "--schedule", run.schedule, "--warm-start", run.warm_start]
     arguments += ["--seed", str(run.plan["seed"])]
+    arguments += ["--missing-modalities"] if run.missing_modalities else []
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
     arguments += ["--max-batch-size", str(max(64, run.plan["batch_size"]))]

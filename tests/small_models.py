@@ -70,6 +70,7 @@ def bundle(
     runtimes: Any = None,
     force: bool = False,
     micro_batch_size: int = 0,
+    missing_modalities: bool = False,
     **options: Any,
 ) -> Exported:
     plan = SCHEDULES[schedule](model.depths, 2, **options)
@@ -82,6 +83,7 @@ def bundle(
         optimizer=optimizer,
         engines=engines,
         micro_batch_sizes=[micro_batch_size] * len(plan.stages),
+        missing_modalities=missing_modalities,
         runtimes=runtimes,
         force=force,
     )

@@ -49,6 +49,8 @@ def test_groups_follow_the_modules():
         "text.block.0",
         "text.block.1",
         "head",
+        "head.image",
+        "head.text",
     ]
     assert all(group_of(name) == group for group, names in groups.items() for name in names)
     assert [n for names in groups.values() for n in names] == [n for n, _ in small().named_parameters()]

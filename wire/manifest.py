@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ import msgspec
 
 from wire.errors import UNDECODABLE, Malformed, PeerError, TooLarge, UserError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
@@ -133,6 +133,16 @@ class Graph(msgspec.Struct, frozen=True):
     program: str | None = None
 
 
+class Partial(msgspec.Struct, frozen=True):
+    """A stage's train step for a client that has only these `modalities`; other fields as of `Stage`."""
+
+    modalities: tuple[str, ...]
+    trainable: tuple[str, ...]
+    inputs: dict[str, TensorSpec]
+    parameters: dict[str, str]
+    engines: dict[str, dict[str, str]]
+
+
 class Stage(msgspec.Struct, frozen=True):
     """One entry of the schedule.
 
@@ -150,6 +160,7 @@ class Stage(msgspec.Struct, frozen=True):
         of the whole batch all the same. 0: all of the batch.
     expected_peak_bytes: what a client's process was expected to need when the bundle was made for a budget,
         with the engine that needs most; 0: there was none.
+    partials: for clients that lack a modality; empty: a client has to have them all.
     """
 
     trainable: tuple[str, ...]
@@ -164,12 +175,34 @@ class Stage(msgspec.Struct, frozen=True):
     classifier: Graph | None = None
     micro_batch_size: Annotated[int, msgspec.Meta(ge=0, le=2**16)] = 0
     expected_peak_bytes: Count = 0
+    partials: tuple[Partial, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Stage | Partial, ...]:
+        """The train step, and those of parts of it."""
+        return (self, *self.partials)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
         """All inference graphs of the stage."""
         classifier = (self.classifier,) if self.classifier is not None else ()
         return (*self.segments.values(), *self.encoders.values(), *classifier)
+
+    def part(self, modalities: Collection[str]) -> Stage | None:
+        """As in `Manifest`."""
+        found = [one for one in self.partials if set(one.modalities) == set(modalities)]
+        if not found:
+            return None
+        return msgspec.structs.replace(
+            self,
+            trainable=found[0].trainable,
+            inputs=found[0].inputs,
+            parameters=found[0].parameters,
+            engines=found[0].engines,
+            segments={name: graph for name, graph in self.segments.items() if name in modalities},
+            encoders={name: graph for name, graph in self.encoders.items() if name in modalities},
+            partials=(),
+        )
 
 
 class AdamW(msgspec.Struct, frozen=True):
@@ -230,13 +263,19 @@ class Manifest(msgspec.Struct, frozen=True):
             if stage.micro_batch_size > self.max_batch_size:
                 raise ValueError("a micro-batch is larger than the largest batch")
             steps = self.task if stage.micro_batch_size else WHOLE
-            for engine, files in stage.engines.items():
-                if engine in ROLES and files.keys() != ROLES[engine][steps]:
-                    raise ValueError(f"a stage has not the files of an engine {engine!r}")
+            for step in stage.steps:
+                for engine, files in step.engines.items():
+                    if engine in ROLES and files.keys() != ROLES[engine][steps]:
+                        raise ValueError(f"a stage has not the files of an engine {engine!r}")
+                if step.engines.keys() != self.stages[0].engines.keys():
+                    raise ValueError("a stage has files for other engines than the first")
+            for partial in stage.partials:
+                if not set(partial.modalities) < self.modalities.keys():
+                    raise ValueError(f"{partial.modalities} are not some of the modalities")
+                if not set(partial.trainable) <= set(stage.trainable):
+                    raise ValueError("a part of a stage trains what the stage does not")
             if "executorch" in stage.engines and not all(one.program for one in stage.segments.values()):
                 raise ValueError("a segment has no program for the engine executorch")
-            if stage.engines.keys() != self.stages[0].engines.keys():
-                raise ValueError("a stage has files for other engines than the first")
             for group, source in stage.warm_start.items():
                 if list(self.shapes_of((group,)).values()) != list(self.shapes_of((source,)).values()):
                     raise ValueError(f"{group!r} cannot start from {source!r}, which has other shapes")
@@ -248,8 +287,9 @@ class Manifest(msgspec.Struct, frozen=True):
             if isinstance(tokenizer, str):
                 yield tokenizer
         for stage in self.stages:
-            for roles in stage.engines.values():
-                yield from roles.values()
+            for step in stage.steps:
+                for roles in step.engines.values():
+                    yield from roles.values()
             for graph in stage.graphs:
                 yield graph.file
                 if graph.program is not None:
@@ -257,9 +297,23 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def _named_parameters(self) -> Iterator[str]:
         for stage in self.stages:
-            yield from stage.parameters.values()
+            for step in stage.steps:
+                yield from step.parameters.values()
             for graph in stage.graphs:
                 yield from graph.parameters.values()
+
+    def part(self, modalities: Collection[str]) -> Manifest | None:
+        """As a client sees it that has only these of the modalities; None where nothing was made for it."""
+        if set(modalities) >= self.modalities.keys():
+            return self
+        stages = [stage.part(modalities) for stage in self.stages]
+        if None in stages:
+            return None
+        return msgspec.structs.replace(
+            self,
+            modalities={name: entry for name, entry in self.modalities.items() if name in modalities},
+            stages=tuple(stage for stage in stages if stage is not None),
+        )
 
     def groups_frozen_after(self, stage: int) -> tuple[str, ...]:
         """Groups that train in `stage` (counted from 0) and are frozen in the next."""
