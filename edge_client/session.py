@@ -39,6 +39,7 @@ from wire.errors import Malformed, PeerError
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Hello, Offer, Receipt, Report, Usage
 from wire.mqtt import Broker
+from wire.parts import with_modalities, within
 from wire.rounds import Event, Role, RoundMachine, State
 from wire.store import Store
 from wire.tasks import beside
@@ -90,7 +91,8 @@ async def _join(link: Link, device: Device, store: Store) -> tuple[Session, Hell
     """What is needed before anyone can be told that we are here."""
     whole = await link.manifest()
     has = await asyncio.to_thread(present, device.data, whole.modalities, device.columns)
-    manifest = whole.part(has) or whole  # without such a part, the data set says what it lacks
+    fitting = whole if device.max_memory_bytes is None else within(whole, device.max_memory_bytes)
+    manifest = with_modalities(fitting, has) or fitting  # else the data set says what it lacks
     bundle = Bundle(manifest, link, store)
     engine = choose(device.engine, manifest.stages[0].engines)
     await bundle.need(*bundle.tokenizers())

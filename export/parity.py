@@ -31,6 +31,7 @@ from export.stage import Cut, StageCuts, TrainCut, example
 from models.model import LABEL, Model
 from wire.errors import LaminaError
 from wire.manifest import AdamW, Graph, Manifest, Stage
+from wire.parts import with_modalities
 from wire.tensors import Array, Arrays
 
 STEPS = 5
@@ -164,7 +165,7 @@ def _check(
         generator = torch.Generator().manual_seed(seed + number)
         sizes = [min(size, manifest.max_batch_size) for size in _batch_sizes(stage.micro_batch_size)]
         for part, step in {tuple(manifest.modalities): cut.train, **cut.partials}.items():
-            seen = manifest.part(part)
+            seen = with_modalities(manifest, part)
             assert seen is not None
             batches = [example(step.inputs, size, limits, generator) for size in sizes]
             losses, after = reference(step, model, batches, manifest.optimizer, LEARNING_RATE)

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.options import column_option, config_option, memory_budget_option, model_options, pairs
+from lamina.options import (
+    FOR_EXPORT,
+    column_option,
+    config_option,
+    memory_budget_option,
+    model_options,
+    pairs,
+)
 from wire.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +38,13 @@ if TYPE_CHECKING:
     type=int,
     help="Blocks that a stage attaches.  [default: 1, or what fits a --memory-budget]",
 )
-@memory_budget_option
+@memory_budget_option(FOR_EXPORT)
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 2**16),
     default=32,
     show_default=True,
-    help="Examples in a train step of the run that --memory-budget is for.",
+    help="Examples in a train step of the run, for what is expected of its memory.",
 )
 @click.option(
     "--data",
@@ -133,7 +140,7 @@ def command(
         import torch
 
         import edge_client.engines as engines
-        from export.budget import Budget, fit
+        from export.budget import Budget, expected_peaks, fit
         from export.bundle import Exported, export_bundle
         from export.engines import check_engines, exportable
         from export.observe import skeleton
@@ -164,18 +171,21 @@ def command(
             **planned,
         )
 
+    chosen = check_engines(names or exportable())
+    shell = skeleton(built.builder, built.builder_options)
     measured: Sequence[Mapping[str, int]] = ()
     if memory_budget is None:
         extra = {"blocks_per_stage": blocks_per_stage or 1, "warm_start": warm_start}
         made = SCHEDULES[schedule](built.depths, each, **({} if schedule == "end_to_end" else extra))
         sizes = [micro] * len(made.stages) if isinstance(micro, int) else micro
-        exported = write(made, out, force=force, micro_batch_sizes=sizes)
+        peaks = expected_peaks(shell, made, Budget(0, min(batch_size, max_batch_size), chosen), sizes)
+        exported = write(made, out, force=force, micro_batch_sizes=sizes, expected_peak_bytes=peaks)
     else:
         within = export_within(
-            Budget(memory_budget, batch_size, check_engines(names or exportable())),
+            Budget(memory_budget, batch_size, chosen),
             partial(
                 fit,
-                skeleton(built.builder, built.builder_options),
+                shell,
                 name=schedule,
                 rounds=each,
                 blocks_per_stage=blocks_per_stage,

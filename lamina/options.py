@@ -98,13 +98,25 @@ def feature_options(function: F) -> F:
     return function
 
 
-def memory_budget_option(function: F) -> F:
+def memory_budget_option(text: str) -> Callable[[F], F]:
     """`--memory-budget`, in bytes: what a client's process may use."""
     return click.option(
         "--memory-budget",
         metavar="AMOUNT",
         callback=lambda _context, _option, text: None if text is None else _bytes(text),
-        help="What a client may use, such as 200MB: decides blocks per stage and micro-batches.",
+        help=text,
+    )
+
+
+FOR_EXPORT = "What a client may use, such as 200MB: decides blocks per stage and micro-batches."
+
+
+def calibration_option(function: F) -> F:
+    """`--calibration`, a folder."""
+    return click.option(
+        "--calibration",
+        type=click.Path(path_type=Path),
+        help="A folder of public examples that the aggregator trains on after each round.",
     )(function)
 
 
@@ -176,7 +188,7 @@ def model_options(function: F) -> F:
 def plan_options(**defaults: Any) -> Callable[[F], F]:
     """An option for each setting of `aggregator.plan.RunPlan`, with these defaults instead of its own."""
     import msgspec
-    from msgspec.inspect import IntType, LiteralType, Metadata, StructType
+    from msgspec.inspect import IntType, LiteralType, Metadata, StructType, UnionType
 
     from aggregator.plan import RunPlan
 
@@ -190,6 +202,8 @@ def plan_options(**defaults: Any) -> Callable[[F], F]:
             kind: Any = int if isinstance(inner, IntType) else float
             if isinstance(inner, LiteralType):
                 kind = click.Choice([str(value) for value in inner.values])
+            if isinstance(inner, UnionType):
+                kind = _NumberOr({word for one in inner.types for word in getattr(one, "values", ())})
             function = click.option(
                 f"--{field.name.replace('_', '-')}",
                 type=kind,
@@ -200,6 +214,19 @@ def plan_options(**defaults: Any) -> Callable[[F], F]:
         return function
 
     return add
+
+
+class _NumberOr(click.ParamType[Any]):
+    """A whole number, or one of some words."""
+
+    name = "integer"
+
+    def __init__(self, words: set[str]) -> None:
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Raises `click.BadParameter`."""
+        return value if value in self._words else click.INT.convert(value, param, ctx)
 
 
 def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:

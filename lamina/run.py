@@ -27,7 +27,9 @@ import click
 from click.core import ParameterSource
 
 from lamina.options import (
+    FOR_EXPORT,
     broker_option,
+    calibration_option,
     column_option,
     config_option,
     engine_option,
@@ -82,6 +84,7 @@ class LocalRun:
     features: tuple[str, ...]
     memory_budget: int | None
     broker: str | None
+    calibration: Path | None
     plan: dict[str, Any]
 
 
@@ -105,6 +108,7 @@ class LocalRun:
     help="Train what `lamina export` has written there.  [default: exported for this run]",
 )
 @broker_option()
+@calibration_option
 @column_option
 @engine_option(
     multiple=True,
@@ -125,7 +129,7 @@ class LocalRun:
     help="The most examples that a client computes at a time, or one number a stage; see `lamina export`.",
 )
 @feature_options
-@memory_budget_option
+@memory_budget_option(FOR_EXPORT)
 @click.option(
     "--dir",
     "folder",
@@ -151,6 +155,7 @@ def command(
     data: Path | None,
     bundle: Path | None,
     broker: str | None,
+    calibration: Path | None,
     columns: tuple[str, ...],
     engine: tuple[str, ...],
     threads: int,
@@ -207,6 +212,7 @@ def command(
         ),
         memory_budget=memory_budget,
         broker=broker,
+        calibration=calibration,
         plan=plan,
     )
     if run.folder.exists():
@@ -339,9 +345,9 @@ def _export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
     arguments += ["--max-batch-size", str(max(64, run.plan["batch_size"]))]
     arguments += ["--micro-batch-size", run.micro_batch_size]
+    arguments += ["--batch-size", str(run.plan["batch_size"])]
     if run.memory_budget is not None:
         arguments += ["--memory-budget", f"{run.memory_budget}B"]
-        arguments += ["--batch-size", str(run.plan["batch_size"])]
     arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
     return [*arguments, *_columns(run), "--out", str(bundle)]
 
@@ -351,6 +357,8 @@ def _aggregator_arguments(run: LocalRun, url: str, bundle: Path) -> list[str]:
     arguments += ["--dir", str(run.folder / "aggregator"), "--json", *_columns(run)]
     if (run.data / "holdout").is_dir():
         arguments += ["--holdout", str(run.data / "holdout")]
+    if run.calibration is not None:
+        arguments += ["--calibration", str(run.calibration)]
     return arguments + [
         word for name, value in run.plan.items() for word in (f"--{name.replace('_', '-')}", str(value))
     ]

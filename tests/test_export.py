@@ -25,6 +25,7 @@ from models.model import LABEL
 from models.registry import build
 from wire.errors import UserError
 from wire.manifest import MANIFEST_NAME, BlobRef, decode_manifest
+from wire.parts import with_modalities
 from wire.tensors import unpack_file
 
 TASKS = ("contrastive", "classification")
@@ -207,8 +208,10 @@ def test_train_steps_for_clients_that_lack_a_modality(tmp_path):
     done = bundle(model, tmp_path / "bundle", runtimes=engines, engines=ENGINES, missing_modalities=True)
     assert done.parity is not None  # every one follows torch on every engine
     whole = done.manifest
-    assert whole.part(("image", "text")) is whole
-    image, text = whole.part(("image",)), whole.part(("text",))
+    assert with_modalities(whole, ("image", "text")) is whole
+    image, text = with_modalities(whole, ("image",)), with_modalities(whole, ("text",))
+    assert image is not None
+    assert text is not None
     assert [stage.trainable for stage in image.stages] == [
         ("image.stem", "image.block.0", "head", "head.image"),
         ("image.block.1", "head", "head.image"),
@@ -234,7 +237,7 @@ def test_a_contrastive_loss_of_three_does_with_two(tmp_path):
     (stage,) = done.manifest.stages
     pairs = [("left", "right"), ("left", "text"), ("right", "text")]
     assert [partial.modalities for partial in stage.partials] == pairs
-    assert done.manifest.part(("left",)) is None
+    assert with_modalities(done.manifest, ("left",)) is None
     with pytest.raises(UserError, match="a contrastive loss of image and text needs all of them"):
         bundle(small(), tmp_path / "other", missing_modalities=True)
 

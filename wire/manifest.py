@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,8 +158,8 @@ class Stage(msgspec.Struct, frozen=True):
     classifier: for classification, embeddings of all modalities -> `logits` float32 [B, C].
     micro_batch_size: the most examples that a train step runs the network on at a time; the step is that
         of the whole batch all the same. 0: all of the batch.
-    expected_peak_bytes: what a client's process was expected to need when the bundle was made for a budget,
-        with the engine that needs most; 0: there was none.
+    expected_peak_bytes: what a client's process is expected to need with the engine that needs most; 0:
+        unknown.
     partials: for clients that lack a modality; empty: a client has to have them all.
     """
 
@@ -187,22 +187,6 @@ class Stage(msgspec.Struct, frozen=True):
         """All inference graphs of the stage."""
         classifier = (self.classifier,) if self.classifier is not None else ()
         return (*self.segments.values(), *self.encoders.values(), *classifier)
-
-    def part(self, modalities: Collection[str]) -> Stage | None:
-        """As in `Manifest`."""
-        found = [one for one in self.partials if set(one.modalities) == set(modalities)]
-        if not found:
-            return None
-        return msgspec.structs.replace(
-            self,
-            trainable=found[0].trainable,
-            inputs=found[0].inputs,
-            parameters=found[0].parameters,
-            engines=found[0].engines,
-            segments={name: graph for name, graph in self.segments.items() if name in modalities},
-            encoders={name: graph for name, graph in self.encoders.items() if name in modalities},
-            partials=(),
-        )
 
 
 class AdamW(msgspec.Struct, frozen=True):
@@ -301,19 +285,6 @@ class Manifest(msgspec.Struct, frozen=True):
                 yield from step.parameters.values()
             for graph in stage.graphs:
                 yield from graph.parameters.values()
-
-    def part(self, modalities: Collection[str]) -> Manifest | None:
-        """As a client sees it that has only these of the modalities; None where nothing was made for it."""
-        if set(modalities) >= self.modalities.keys():
-            return self
-        stages = [stage.part(modalities) for stage in self.stages]
-        if None in stages:
-            return None
-        return msgspec.structs.replace(
-            self,
-            modalities={name: entry for name, entry in self.modalities.items() if name in modalities},
-            stages=tuple(stage for stage in stages if stage is not None),
-        )
 
     def groups_frozen_after(self, stage: int) -> tuple[str, ...]:
         """Groups that train in `stage` (counted from 0) and are frozen in the next."""

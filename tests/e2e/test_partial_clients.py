@@ -1,4 +1,4 @@
-"""Clients that lack a modality train what they have."""
+"""Clients that lack a modality, or memory, train what they can."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from programs import CLIENTS, lamina
+from programs import CLIENTS, Programs, Started, lamina
+
+from aggregator.events import RunClosed
+from export.bundle import export_bundle
+from export.schedules import SCHEDULES
+from models.registry import build
 
 OPTIONS = {"task": "classification", "size": 16, "patch": 4, "width": 32, "heads": 2, "image_blocks": 2}
 OPTIONS |= {"text_blocks": 2, "vocabulary": 60, "length": 8, "embedding": 16}
@@ -75,3 +80,31 @@ def test_a_contrastive_loss_needs_them_all(tmp_path: Path, data: Path) -> None:
     done = lamina("run", *words)
     assert done.returncode == 2
     assert "a contrastive loss of image and text needs all of them in every client" in done.stderr
+
+
+def test_a_client_of_little_memory_stays_at_the_depth_that_fits(
+    programs: Programs, broker: Started, tmp_path: Path
+) -> None:
+    model = build("models.image_text:image_text", **{**OPTIONS, "classes": 3})
+    schedule, folder = SCHEDULES["progressive"](model.depths, 1), tmp_path / "bundle"
+    colours, peaks = ("blue", "green", "red"), (100_000_000, 200_000_000)
+    texts = ["a dark red square number 1", "a pale green one", "a bright blue square"]
+    export_bundle(model, schedule, folder, texts=texts, classes=colours, expected_peak_bytes=peaks)
+    aggregator = programs.aggregator(broker.url, "run", "--bundle", str(folder))
+    programs.client(broker.url, "ann", "run", "--memory-budget", "150MB")
+    programs.client(broker.url, "bob")
+    weak = programs.client(broker.url, "cy", "run", "--memory-budget", "90MB")
+    assert weak.end() == 2
+    assert "stage 1 needs 100 MB of memory, allowed are 90" in weak.text()
+    aggregator.until_a(RunClosed)
+    trained = {
+        (stage, client): tuple(json.loads(groups))
+        for stage, client, groups in aggregator.rows("SELECT stage, client, groups FROM updates")
+    }
+    first, second = (plan.trainable for plan in schedule.stages)
+    assert trained == {
+        (0, "ann"): first,
+        (0, "bob"): first,
+        (1, "ann"): first,
+        (1, "bob"): second,
+    }
