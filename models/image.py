@@ -16,6 +16,8 @@ from models.encoder import Encoder, Source
 from wire.errors import UserError
 from wire.manifest import TensorSpec
 
+Stem = Literal["patch", "conv"]
+
 
 class ConvStem(nn.Module):
     """3 x 3 convolutions of stride 2 down to the patch grid, then positions; shapes as of `PatchStem`.
@@ -73,9 +75,14 @@ def image_encoder(
     width: int,
     heads: int,
     blocks: int,
-    stem: Literal["patch", "conv"] = "patch",
+    stem: Stem = "patch",
+    mean: float = 0.5,
+    std: float = 0.5,
 ) -> Encoder:
-    """A ViT for RGB images of `size` x `size` pixels. Raises `UserError` for sizes that do not divide."""
+    """A ViT for RGB images of `size` x `size` pixels. Raises `UserError` for sizes that do not divide.
+
+    mean, std: of values from 0 to 1; as they are, pixels go from -1 to 1.
+    """
     if stem not in ("patch", "conv"):
         raise UserError(f"there is no stem {stem!r}", "choose patch or conv")
     if patch < 1 or size % patch:
@@ -93,6 +100,6 @@ def image_encoder(
             kind="image",
             raw=TensorSpec((3, size, size), "float32"),
             features=TensorSpec(((size // patch) ** 2, width), "float32"),
-            options={"size": size, "mean": 0.5, "std": 0.5},  # pixels from -1 to 1
+            options={"size": size, "mean": mean, "std": std},
         ),
     )
