@@ -47,7 +47,15 @@ def audio_encoder(
             raw=TensorSpec((length, mels), "float32"),
             features=TensorSpec((length // patch, width), "float32"),
             masked=True,
-            options={"rate_hz": rate_hz, "mels": mels, "window_ms": float(window_ms)}
-            | {"hop_ms": float(hop_ms), "length": length, "patch": patch, "mean": mean, "std": std},
+            options={
+                "rate_hz": rate_hz,
+                "mels": mels,
+                "window_ms": float(window_ms),
+                "hop_ms": float(hop_ms),
+                "length": length,
+                "patch": patch,
+                "mean": mean,
+                "std": std,
+            },
         ),
     )

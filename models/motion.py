@@ -15,7 +15,8 @@ from wire.manifest import Task
 
 def motion(
     *,
-    sensors: dict[str, float],
+    sensors: list[str],
+    stds: list[float] | None = None,
     task: Task = "classification",
     classes: int = 0,
     length: int = 100,
@@ -29,13 +30,15 @@ def motion(
 ) -> Model:
     """A transformer over time for each sensor, under one head.
 
-    sensors: modality -> the standard deviation of its values, in whatever unit the files have. length,
-    patch: steps. channels: of each sensor. masked: whether recordings may be shorter than `length`.
-    embedding: the shared width. classes: for classification only.
+    sensors: what the modalities are called. stds: the standard deviation of each one's values, in whatever
+    unit the files have; None: 1. length, patch: steps. channels: of each sensor. masked: whether recordings
+    may be shorter than `length`. embedding: the shared width. classes: for classification only.
     Raises `UserError` for numbers that do not fit together.
     """
-    if not sensors:
-        raise UserError("a motion model without sensors", 'name some: --option sensors={"imu":1}')
+    if not sensors or len(set(sensors)) != len(sensors):
+        raise UserError(f"a motion model of the sensors {sensors}", 'name some: --option sensors=["imu"]')
+    if stds is not None and len(stds) != len(sensors):
+        raise UserError(f"{len(stds)} stds of {len(sensors)} sensors", "give one a sensor")
     encoders = {
         name: series_encoder(
             length=length,
@@ -47,7 +50,7 @@ def motion(
             masked=masked,
             std=std,
         )
-        for name, std in sensors.items()
+        for name, std in zip(sensors, stds or [1.0] * len(sensors), strict=True)
     }
     model = Model(encoders, make_head(task, dict.fromkeys(encoders, width), embedding, classes))
     initialise(model)

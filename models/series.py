@@ -67,8 +67,13 @@ def series_encoder(
             raw=TensorSpec((length, channels), "float32"),
             features=TensorSpec((length // patch, width), "float32"),
             masked=masked,
-            options={"length": length, "channels": channels, "patch": patch}
-            | {"mean": option(mean), "std": option(std)},
+            options={
+                "length": length,
+                "channels": channels,
+                "patch": patch,
+                "mean": _option(mean),
+                "std": _option(std),
+            },
         ),
     )
 
@@ -83,6 +88,6 @@ def check_sizes(length: int, channels: int, patch: int, width: int, heads: int) 
         raise UserError(f"{heads} heads do not divide a width of {width}", "choose a divisor")
 
 
-def option(values: float | Sequence[float]) -> float | list[float]:
+def _option(values: float | Sequence[float]) -> float | list[float]:
     """A number, or numbers, as a reader's option."""
     return float(values) if isinstance(values, int | float) else [float(value) for value in values]

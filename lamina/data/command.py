@@ -3,8 +3,8 @@
 Rules: nothing heavy is imported before a command runs. What a program may read goes to standard output,
 progress to standard error.
 
-Next: `lamina/data/emoji.py`, `digits.py` and `watch.py`; a further data set is a file beside them and a
-command here.
+Next: `lamina/data/emoji.py`, `digits.py` and `watch.py`; a further data set is a file beside them, a
+command here and a line in `lamina/data/sets.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def prepare() -> None:
 
 
 def division(clients: int, partitions: Sequence[Partition], text: str, out: str) -> Callable[[F], F]:
-    """What all data sets are asked: who gets what, and where it is written. partitions: the default first."""
+    """What all data sets are asked: who gets what, and where it goes. partitions: the default first."""
 
     def add(function: F) -> F:
         for option in reversed(

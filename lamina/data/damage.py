@@ -53,7 +53,7 @@ class Damage:
         return reduced + PICTURE_NOISE * _noise(f"picture/{name}", pixels.shape)
 
     def recording(self, frames: Array, name: str) -> Array:
-        """MFCCs, float [frames, 13], to the same, with a mean of 0 and the variance 1 + `RECORDING_NOISE`²."""
+        """MFCCs, float [frames, 13], to the same, of mean 0 and variance 1 + `RECORDING_NOISE`²."""
         standard = (frames - self.frame_mean) / self.frame_std
         return standard + RECORDING_NOISE * _noise(f"recording/{name}", frames.shape)
 
