@@ -106,13 +106,13 @@ class SeriesReader(Frames):
             raise Unreadable(
                 f"{cell} cannot be read: {reason}", "write numbers as .npy or .csv, or remove the row"
             ) from error
-        if steps.ndim != 2 or steps.shape[1] != self.channels:
-            raise Unreadable(
-                f"{cell} has the shape {steps.shape}, not (steps, {self.channels})",
-                f"write a row a step and {self.channels} columns",
-            )
         if not len(steps):
             raise Unreadable(f"{cell} is empty", "replace it, or remove the row")
+        if steps.shape[1] != self.channels:
+            raise Unreadable(
+                f"{cell} has {steps.shape[1]} channels, the model {self.channels}",
+                f"write a row a step and {self.channels} columns",
+            )
         return self.filled(cell, steps)
 
 
@@ -170,4 +170,4 @@ def _read_csv(path: Path, length: int) -> npt.NDArray[np.float64]:
                 raise ValueError(f"line {reader.line_num} has {len(rows[-1])} cells, not {len(rows[0])}")
             if len(rows) == length:
                 break
-    return np.array(rows, np.float64).reshape(len(rows), -1)
+    return np.array(rows, np.float64).reshape(len(rows), len(rows[0]) if rows else 0)

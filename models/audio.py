@@ -8,8 +8,8 @@ Next: `models/series.py`, the stem; `inputs/audio.py` makes the frames of a WAV 
 from __future__ import annotations
 
 from models.block import Block
-from models.encoder import Encoder, Source
-from models.series import SeriesStem, check_sizes
+from models.encoder import Encoder, Source, Stem
+from models.series import check_sizes, make_stem
 from wire.errors import UserError
 from wire.manifest import TensorSpec
 
@@ -25,6 +25,7 @@ def audio_encoder(
     width: int,
     heads: int,
     blocks: int,
+    stem: Stem = "patch",
     mean: float = -12.0,
     std: float = 4.0,
 ) -> Encoder:
@@ -33,14 +34,14 @@ def audio_encoder(
     mean, std: of the log-mel values; these are speech's at a usual loudness. Raises `UserError` for sizes
     that do not fit.
     """
-    check_sizes(length, mels, patch, width, heads)
+    check_sizes(stem, length, mels, patch, width, heads)
     if rate_hz < 1 or not 0 < hop_ms <= window_ms:
         raise UserError(
             f"windows of {window_ms} ms every {hop_ms} ms at {rate_hz} Hz",
             "choose a hop of at most a window, such as 10 and 25 ms at 16000 Hz",
         )
     return Encoder(
-        SeriesStem(length, mels, patch, width),
+        make_stem(stem, length, mels, patch, width),
         [Block(width, heads) for _ in range(blocks)],
         Source(
             kind="audio",

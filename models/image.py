@@ -6,17 +6,14 @@ Next: `models/block.py`.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.block import Block
-from models.encoder import Encoder, Source
+from models.encoder import Encoder, Source, Stem
 from wire.errors import UserError
 from wire.manifest import TensorSpec
-
-Stem = Literal["patch", "conv"]
 
 
 class ConvStem(nn.Module):

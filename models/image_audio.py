@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from models.audio import audio_encoder
 from models.block import initialise
+from models.encoder import Stem
 from models.heads import make_head
-from models.image import Stem, image_encoder
+from models.image import image_encoder
 from models.model import Model
 from wire.manifest import Task
 

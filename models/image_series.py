@@ -6,8 +6,9 @@ Next: `models/registry.py`, the presets' sizes.
 from __future__ import annotations
 
 from models.block import initialise
+from models.encoder import Stem
 from models.heads import make_head
-from models.image import Stem, image_encoder
+from models.image import image_encoder
 from models.model import Model
 from models.series import series_encoder
 from wire.manifest import Task
@@ -26,6 +27,7 @@ def image_series(
     length: int = 32,
     channels: int = 13,
     series_patch: int = 2,
+    series_stem: Stem = "patch",
     series_mean: float | list[float] = 0.0,
     series_std: float | list[float] = 1.0,
     width: int = 96,
@@ -37,8 +39,9 @@ def image_series(
     """A ViT and a transformer over time of equal width under one head.
 
     size, patch: pixels. stem, image_mean, image_std: the image's, of values from 0 to 1. series: what the
-    modality is called. length, series_patch: steps. embedding: the shared width. classes: for
-    classification only. Raises `UserError` for numbers that do not fit together.
+    modality is called. length, series_patch: steps. series_stem, series_mean, series_std: the series'.
+    embedding: the shared width. classes: for classification only.
+    Raises `UserError` for numbers that do not fit together.
     """
     encoders = {
         "image": image_encoder(
@@ -55,6 +58,7 @@ def image_series(
             length=length,
             channels=channels,
             patch=series_patch,
+            stem=series_stem,
             width=width,
             heads=heads,
             blocks=series_blocks,

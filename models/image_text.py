@@ -6,8 +6,9 @@ Next: `models/registry.py`, the presets' sizes.
 from __future__ import annotations
 
 from models.block import initialise
+from models.encoder import Stem
 from models.heads import make_head
-from models.image import Stem, image_encoder
+from models.image import image_encoder
 from models.model import Model
 from models.text import text_encoder
 from wire.manifest import Task

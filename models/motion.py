@@ -6,6 +6,7 @@ Next: `models/registry.py`, the presets' sizes.
 from __future__ import annotations
 
 from models.block import initialise
+from models.encoder import Stem
 from models.heads import make_head
 from models.model import Model
 from models.series import series_encoder
@@ -22,6 +23,7 @@ def motion(
     length: int = 100,
     channels: int = 3,
     patch: int = 5,
+    stem: Stem = "patch",
     masked: bool = False,
     width: int = 96,
     heads: int = 4,
@@ -44,6 +46,7 @@ def motion(
             length=length,
             channels=channels,
             patch=patch,
+            stem=stem,
             width=width,
             heads=heads,
             blocks=blocks,

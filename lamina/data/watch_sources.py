@@ -34,8 +34,9 @@ _MEMBER = "seglearn/data/watch_dataset.npy"
 _NAMES = {
     "numpy ndarray": np.ndarray,
     "numpy dtype": np.dtype,
-    # Private, and moved between numpy's versions; an array tells where it is now.
+    # Private, and moved with numpy 2; an array tells where it is here.
     "numpy.core.multiarray _reconstruct": np.empty(0).__reduce__()[0],
+    "numpy._core.multiarray _reconstruct": np.empty(0).__reduce__()[0],
     "_codecs encode": codecs.encode,
 }
 
