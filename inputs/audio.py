@@ -65,8 +65,6 @@ class AudioReader(Frames):
             ) from error
         if not len(samples):
             raise Unreadable(f"{cell} holds no sound", "replace it, or remove the row")
-        if not np.isfinite(samples).all():
-            raise Unreadable(f"{cell} has samples that are no numbers", "save it as WAV (PCM)")
         return self.filled(cell, self.frames(resampled(samples, rate_hz, self._rate_hz)))
 
     def frames(self, samples: Samples) -> Bank:

@@ -75,9 +75,9 @@ class Frames:
 
     def filled(self, cell: str, steps: AnyArray) -> AnyArray:
         """`[T, channels]`, cut, normalised and padded. Raises `Unreadable` for what is no finite number."""
-        steps = np.asarray(steps[: self.shape[0]], np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            normal = ((steps - self._mean) / self._std).astype(np.float16)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of that is not finite
+            exact = np.asarray(steps[: self.shape[0]], np.float64)
+            normal = ((exact - self._mean) / self._std).astype(np.float16)
         if not np.isfinite(normal).all():
             step = int(np.flatnonzero(~np.isfinite(normal).all(axis=1))[0])
             raise Unreadable(

@@ -29,6 +29,7 @@ _BETA = 9.0  # of the Kaiser window: 90 dB
 _AT_ONCE = 1 << 18  # weights: bounds memory
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _MAX_CHANNELS = 64
+_LOUDEST = 1e6  # of a float; 1 is full scale
 _MAX_RATE_HZ = 1_000_000
 
 
@@ -107,7 +108,10 @@ def _encoding(chunk: bytes) -> tuple[int, int, int, int]:
 def _decoded(content: bytes, kind: int, width: int) -> Samples:
     """Little-endian samples, from -1 to 1."""
     if kind == _FLOAT:
-        return np.frombuffer(content, f"<f{width}").astype(np.float64)
+        samples = np.frombuffer(content, f"<f{width}")
+        if not (np.abs(samples) < _LOUDEST).all():  # also of what is no number
+            raise ValueError("it has samples that are no sound")
+        return samples.astype(np.float64)
     if width == 1:
         return (np.frombuffer(content, np.uint8) - 128.0) / 128
     parts = np.frombuffer(content, np.uint8).reshape(-1, width)

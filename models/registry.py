@@ -45,7 +45,12 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "image-audio": (_IMAGE_AUDIO, {}),
     # Means and deviations are those of what `lamina data prepare` writes to train on.
-    "digits": (_IMAGE_SERIES, {"classes": 10, "image_mean": 0.427, "image_std": 0.074, "series_std": 1.8}),
+    "digits": (
+        _IMAGE_SERIES,
+        # Of 8 pixels, for all detail is noise.
+        {"classes": 10, "size": 8, "patch": 4, "stem": "conv", "image_mean": 0.427, "image_std": 0.05}
+        | {"series_patch": 1, "series_stem": "conv", "series_std": 1.8, "width": 64, "embedding": 64},
+    ),
     "watch": (_MOTION, {"classes": 7, "sensors": ["accelerometer", "gyroscope"], "stds": [0.7, 1.6]}),
 }
 

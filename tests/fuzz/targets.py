@@ -522,7 +522,9 @@ def targets() -> dict[str, Target]:
     found["image"] = Target(files.image, images, 16 << 10, rss_mb=BASE_MB + 13 * pixels)  # inputs/image.py
     found["npy"] = Target(files.npy, (_npy("C"), _npy("F")), 4 << 10)
     found["csv"] = Target(files.csv, (b"ax,ay,az\n1,2,3\n-4.5,5e3,.6\n",), 4 << 10)
-    found["wav"] = Target(files.wav, (_wav(1, 2), _wav(2, 3), _wav(1, 1, 44100)), 4 << 10)
+    floats = _wav(1, 4).replace(b"fmt \x10\0\0\0\x01", b"fmt \x10\0\0\0\x03")
+    quiet = floats[:44] + np.linspace(-1, 1, 240, dtype="<f4").tobytes()
+    found["wav"] = Target(files.wav, (_wav(1, 2), _wav(2, 3), _wav(1, 1, 44100), quiet), 4 << 10)
     address = (b"mqtt://ann:secret@pi:1883?version=5", b"mqtts://[::1]")
     found["address"] = Target(lambda content: Broker.parse(content.decode(errors="replace")), address, 200)
     return found
