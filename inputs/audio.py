@@ -42,9 +42,9 @@ class AudioReader(Frames):
         )
         if self._window < 2:
             raise Malformed(f"a window of {self._window} sample has no spectrum")
-        self._shape = np.hanning(self._window + 1)[:-1]
+        self._taper = np.hanning(self._window + 1)[:-1]
         self._size = 1 << (self._window - 1).bit_length()
-        self._bank = mel_bank(self.channels, self._size, self._rate_hz) / self._shape.sum() ** 2
+        self._bank = mel_bank(self.channels, self._size, self._rate_hz) / self._taper.sum() ** 2
         if not self._bank.any(axis=0).all():
             raise Malformed(
                 f"{self.channels} mels at {self._rate_hz} Hz are narrower than what a window of "
@@ -72,7 +72,7 @@ class AudioReader(Frames):
         if len(samples) < self._window:
             samples = np.pad(samples, (0, self._window - len(samples)))
         windows = np.lib.stride_tricks.sliding_window_view(samples, self._window)[:: self._hop]
-        spectrum = np.fft.rfft(windows[: self.shape[0]] * self._shape, self._size)
+        spectrum = np.fft.rfft(windows[: self.shape[0]] * self._taper, self._size)
         power = (spectrum.real**2 + spectrum.imag**2) @ self._bank
         logarithms: Bank = np.log(np.maximum(power, FLOOR))
         return logarithms

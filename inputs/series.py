@@ -27,7 +27,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 class Frames:
-    """What the readers of anything that lasts have in common (`inputs.readers.Reader` but for two methods).
+    """What the readers of anything that lasts have in common (`inputs.readers.Reader` but for `encode`).
 
     The first input, float32 `[B, length, channels]`: values, 0 where the example is shorter. The second, if
     declared, float32 `[B, length / patch]`: 1 at a token that has a step in it, 0 elsewhere.

@@ -44,7 +44,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         _VIT_TINY | {"image_blocks": 12, "text_blocks": 6, "vocabulary": 8192},
     ),
     "image-audio": (_IMAGE_AUDIO, {}),
-    # Means and deviations are those of what `lamina data prepare` writes to train on.
+    # Means and deviations are about those of what `lamina data prepare` writes to train on.
     "digits": (
         _IMAGE_SERIES,
         # Of 8 pixels, for all detail is noise.
