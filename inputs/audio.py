@@ -26,7 +26,6 @@ from wire.errors import Malformed
 from wire.manifest import Modality
 
 FLOOR = 1e-10
-_MARGIN_S = 0.05  # what the last frame's resampling looks ahead
 
 Bank = npt.NDArray[np.float64]
 
@@ -50,7 +49,7 @@ class AudioReader(Frames):
                 f"{self.channels} mels at {self._rate_hz} Hz are narrower than what a window of "
                 f"{self._window} samples tells apart"
             )
-        self._max_s = ((self.shape[0] - 1) * self._hop + self._window) / self._rate_hz + _MARGIN_S
+        self._max_s = ((self.shape[0] - 1) * self._hop + self._window) / self._rate_hz
 
     def encode(self, folder: Path, cell: str) -> AnyArray:
         """Raises `Unreadable`: missing, not a WAV file, of another encoding, cut short or empty."""

@@ -225,6 +225,15 @@ def test_values_are_normalised_cut_padded_and_masked(tmp_path: Path) -> None:
     np.testing.assert_allclose(long["audio"][0, -1], long["audio"][0, 0], atol=0.5)
 
 
+def test_the_last_frame_of_a_longer_file_is_whole(tmp_path: Path) -> None:
+    """Only the beginning is read, and the window ends in zeros: no frame hears where reading stopped."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(44100)
+    found = read(write(tmp_path / "a.wav", noise, rate=44100))["audio"][0, -1]
+    whole = resampled(read_wav(tmp_path / "a.wav", 9)[0], 44100, RATE)
+    everything = AudioReader(modality(), Path).frames(whole)
+    np.testing.assert_allclose(found, everything[LENGTH - 1], rtol=1e-3)
+
+
 def test_a_sound_shorter_than_a_window_is_one_frame(tmp_path: Path) -> None:
     batch = read(write(tmp_path / "a.wav", sine(700, 0.005)))
     assert batch["audio_mask"].tolist() == [[1, 0, 0, 0]]
