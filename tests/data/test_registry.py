@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import msgspec
@@ -118,7 +119,11 @@ def test_what_pip_cannot_get_is_named(archives: Path, publish_wheel: PublishWhee
 
 def test_no_pip_at_all(publish_wheel: PublishWheel, monkeypatch: pytest.MonkeyPatch) -> None:
     package = publish_wheel("some_data", {"b.bin": b"1"})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    def not_installed(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", not_installed)
     with pytest.raises(UserError, match=r"no pip to download some_data 1\.0\.0") as caught:
         fetch([package], quiet)
     assert "ensurepip" in caught.value.hint
