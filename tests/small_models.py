@@ -59,11 +59,10 @@ def three(*, width: int, blocks: int = 2) -> Model:
 
 
 def sounds_and_motions() -> Model:
-    """A series by convolutions and one by patches, the first masked, and a sound."""
+    """A series by convolutions and a sound by patches, both masked."""
     common = {"length": 12, "patch": 3, "width": 16, "heads": 2, "blocks": 2}
     encoders = {
-        "watch": series_encoder(channels=3, stem="conv", masked=True, **common),
-        "phone": series_encoder(channels=2, stem="patch", masked=False, **common),
+        "watch": series_encoder(channels=3, stem="conv", **common),
         "audio": audio_encoder(rate_hz=8000, mels=5, window_ms=25, hop_ms=10, **common),
     }
     head = make_head("classification", dict.fromkeys(encoders, 16), 8, len(CLASSES))

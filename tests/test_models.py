@@ -238,7 +238,6 @@ def test_padding_of_a_series_changes_nothing():
         assert torch.equal(model(batch), before)
         batch[name][:, :6] += 1
         assert not torch.equal(model(batch), before)
-    assert "phone_mask" not in batch
 
 
 def test_a_token_of_patches_is_a_moment_of_all_channels():
