@@ -134,8 +134,6 @@ def command(
     if memory_budget is not None and micro:
         raise UserError("--memory-budget chooses --micro-batch-size", "give one of them")
     builder_options = _options(options)
-    if builder_options.get("task") == "classification":
-        builder_options.setdefault("classes", len(classes))
     try:
         import torch
 
@@ -146,11 +144,18 @@ def command(
         from export.observe import skeleton
         from export.schedules import SCHEDULES, Schedule
         from lamina.within_budget import export_within
-        from models.registry import build
+        from models.registry import build, full_options
     except ImportError as error:
         raise UserError(f"exporting needs {error.name}", 'pip install "lamina[export]"') from error
     from wire.manifest import AdamW, parameter_counts
 
+    if full_options(model, **builder_options).get("task") == "classification":
+        if not classes:
+            raise UserError(
+                f"{model} tells classes apart, and there are no labels",
+                "name folders whose table has the column label: --data FOLDER",
+            )
+        builder_options.setdefault("classes", len(classes))
     torch.manual_seed(seed)
     built = build(model, **builder_options)
 

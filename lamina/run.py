@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from lamina.data.sets import DATA_SETS, prepare_with_defaults
 from lamina.options import (
     FOR_EXPORT,
     broker_option,
@@ -93,14 +94,19 @@ class LocalRun:
 @click.option(
     "--clients",
     type=click.IntRange(min=1),
-    default=4,
+    help="Client processes, for a downloaded data set.  [default: 4 of emoji, 10 of digits, 8 of watch]",
+)
+@click.option(
+    "--data-set",
+    type=click.Choice(list(DATA_SETS)),
+    default="emoji",
     show_default=True,
-    help="Client processes, for the emoji data.",
+    help="What is downloaded. Without --model, digits and watch train the model of their name.",
 )
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="A folder with clients/<name>/ and, for metrics, holdout/.  [default: emoji, downloaded]",
+    help="A folder with clients/<name>/ and, for metrics, holdout/.  [default: a data set, downloaded]",
 )
 @click.option(
     "--bundle",
@@ -151,7 +157,8 @@ def command(
     options: tuple[str, ...],
     warm_start: str,
     missing_modalities: bool,
-    clients: int,
+    clients: int | None,
+    data_set: str,
     data: Path | None,
     bundle: Path | None,
     broker: str | None,
@@ -186,7 +193,11 @@ def command(
     name = check_name(
         name or f"{schedule}-s{plan['seed']}-{time.strftime('%Y%m%d-%H%M%S')}", "the run's name"
     )
-    data = data or _prepare_emoji(folder, clients)
+    if data is None:
+        model = DATA_SETS[data_set].model if _is_default(context, "model") else model
+        data = prepare_with_defaults(data_set, folder / "data", clients or DATA_SETS[data_set].clients)
+    elif not _is_default(context, "data_set"):
+        raise UserError("--data and --data-set both say what is trained on", "give one of them")
     names = _clients(data)
     if plan["min_available_clients"] is None:
         plan["min_available_clients"] = len(names)
@@ -239,12 +250,17 @@ def _manifest(bundle: Path, context: click.Context) -> Manifest:
     from wire.manifest import read_manifest
 
     for option in context.command.params:
-        if option.name in EXPORTED and context.get_parameter_source(option.name) != ParameterSource.DEFAULT:
+        if option.name in EXPORTED and not _is_default(context, option.name):
             raise UserError(
                 f"{option.opts[0]} was decided when {bundle} was exported",
                 "leave it out, or leave out --bundle to export anew",
             )
     return read_manifest(bundle)[0]
+
+
+def _is_default(context: click.Context, option: str) -> bool:
+    """Whether nobody has said anything of it."""
+    return context.get_parameter_source(option) == ParameterSource.DEFAULT
 
 
 def as_result(closed: RunClosed) -> dict[str, Any]:
@@ -388,11 +404,3 @@ def _clients(data: Path) -> tuple[str, ...]:
     for name in names:
         check_name(name, "the client's name")
     return tuple(names)
-
-
-def _prepare_emoji(folder: Path, clients: int) -> Path:
-    from lamina.data.command import progress_bar
-    from lamina.data.emoji import prepare_emoji
-
-    with progress_bar() as progress:
-        return prepare_emoji(folder / "data" / f"emoji-{clients}", clients, progress=progress).folder

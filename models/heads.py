@@ -152,3 +152,12 @@ class ClassificationHead(Head):
         logits = self.logits(embeddings)
         chosen = logits.gather(1, label[:, None])
         return (torch.logsumexp(logits, dim=1, keepdim=True) - chosen).mean()
+
+
+def make_head(task: Task, widths: Mapping[str, int], embedding: int, classes: int) -> Head:
+    """The head of a task. classes: of classification. Raises `UserError` for a task that is none."""
+    if task == "contrastive":
+        return ContrastiveHead(widths, embedding)
+    if task == "classification":
+        return ClassificationHead(widths, embedding, classes)
+    raise UserError(f"there is no task {task!r}", "choose contrastive or classification")

@@ -10,11 +10,13 @@ import torch
 
 from export.bundle import Exported, export_bundle
 from export.schedules import SCHEDULES
+from models.audio import audio_encoder
 from models.block import initialise
-from models.heads import ContrastiveHead
+from models.heads import ContrastiveHead, make_head
 from models.image import image_encoder
 from models.model import Model
 from models.registry import build
+from models.series import series_encoder
 from models.text import text_encoder
 from wire.manifest import AdamW
 
@@ -52,6 +54,19 @@ def three(*, width: int, blocks: int = 2) -> Model:
         "text": text_encoder(vocabulary=60, length=6, width=width, heads=2, blocks=blocks),
     }
     model = Model(encoders, ContrastiveHead(dict.fromkeys(encoders, width), 8))
+    initialise(model)
+    return model
+
+
+def sounds_and_motions() -> Model:
+    """A series by convolutions and a sound by patches, both masked."""
+    common = {"length": 12, "patch": 3, "width": 16, "heads": 2, "blocks": 2}
+    encoders = {
+        "watch": series_encoder(channels=3, stem="conv", **common),
+        "audio": audio_encoder(rate_hz=8000, mels=5, window_ms=25, hop_ms=10, **common),
+    }
+    head = make_head("classification", dict.fromkeys(encoders, 16), 8, len(CLASSES))
+    model = Model(encoders, head)
     initialise(model)
     return model
 
