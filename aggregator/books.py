@@ -217,6 +217,11 @@ class Books:
         rows = self._read("SELECT stage, round, checkpoint FROM rounds ORDER BY stage, round")
         return {RoundKey(stage, number): self._from_json(text, Checkpoint) for stage, number, text in rows}
 
+    def metrics(self, stage: int) -> list[tuple[float, dict[str, float]]]:
+        """Loss and metrics of a stage's rounds, in order."""
+        rows = self._read("SELECT loss, metrics FROM rounds WHERE stage = ? ORDER BY round", stage)
+        return [(loss, self._from_json(text, dict[str, float])) for loss, text in rows]
+
     def clients_told(self, key: RoundKey) -> set[str]:
         """Clients whose usage of a round is known."""
         rows = self._read("SELECT client FROM usage WHERE stage = ? AND round = ?", *_key(key))

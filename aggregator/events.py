@@ -7,7 +7,7 @@ Next: `lamina/view.py`, which draws them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -139,6 +139,11 @@ Event = (
     | RunClosed
 )
 Tell = Callable[[Event], None]
+
+
+def headline(metrics: Mapping[str, float]) -> str | None:
+    """The metric that stands for all of them, the larger the better; None without a hold-out."""
+    return next((name for name in ("recall@10", "accuracy") if name in metrics), None)
 
 
 def to_json(event: Event) -> str:

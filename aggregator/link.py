@@ -114,10 +114,8 @@ class Link:
         log.debug("%s: telling %s: %s", receipt.key, client, receipt.refusal or "accepted", extra=fields)
         await self._connection.publish(topics.down(self.run, client, "receipt"), encode(receipt))
 
-    def _chunk_topic(self, ref: BlobRef, peers: frozenset[str]) -> str:
-        if len(peers) == 1:
-            return topics.down(self.run, next(iter(peers)), "chunk")
-        return topics.blob(self.run, ref.sha256)
+    def _chunk_topic(self, ref: BlobRef, peer: str | None) -> str:
+        return topics.blob(self.run, ref.sha256) if peer is None else topics.down(self.run, peer, "chunk")
 
     async def _repeat(self, announce_s: float) -> None:
         while True:

@@ -6,6 +6,7 @@ Names are those of Flower and its peers where the thing is the same. Next: `aggr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, get_args
 
 import msgspec
@@ -61,7 +62,16 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round_deadline_s: Annotated[
         float, Meta(description="Seconds until a round ends with the updates that are in.")
     ] = 600.0
-    rounds: Annotated[int, Meta(description="Rounds of every stage; 0: as the bundle says.")] = 0
+    rounds: Annotated[
+        int | Literal["auto"],
+        Meta(
+            description="Rounds of every stage; 0: as the bundle says; auto: at most as many, fewer once "
+            "the metric no longer improves."
+        ),
+    ] = 0
+    patience: Annotated[
+        int, Meta(description="With --rounds auto: rounds without a better metric that end a stage.")
+    ] = 3
     local_epochs: Annotated[int, Meta(description="Epochs over a client's data in a round.")] = 1
     batch_size: Annotated[int, Meta(description="Examples in a train step.")] = 32
     learning_rate: Annotated[float, Meta(description="AdamW's, at the start of a stage.")] = 1e-3
@@ -75,6 +85,9 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_compression: Annotated[Compression, Meta(description="Of blocks, when they are frozen.")] = (
         "none"
     )
+    calibration_epochs: Annotated[
+        int, Meta(description="Epochs over the --calibration examples after each round.")
+    ] = 1
     proximal_mu: Annotated[
         float, Meta(description="FedProx's pull towards the round's parameters; 0: none.")
     ] = 0.0
@@ -115,7 +128,8 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "buffer_size": (self.buffer_size >= 0, "0 or more"),
             "max_staleness": (0 <= self.max_staleness <= MAX_STALENESS, f"from 0 to {MAX_STALENESS}"),
             "round_deadline_s": (0 < self.round_deadline_s <= MAX_SECONDS, "more than 0 seconds"),
-            "rounds": (self.rounds >= 0, "0 or more"),
+            "rounds": (self.rounds == "auto" or self.rounds >= 0, "auto, or 0 or more"),
+            "patience": (self.patience >= 1, "at least 1"),
             "local_epochs": (1 <= self.local_epochs < 2**31, "at least 1"),
             "batch_size": (1 <= self.batch_size < 2**31, "at least 1"),
             "learning_rate": (0 < self.learning_rate <= MAX_LEARNING_RATE, "more than 0"),
@@ -129,6 +143,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 self.prefix_compression in COMPRESSIONS,
                 f"one of {', '.join(COMPRESSIONS)}",
             ),
+            "calibration_epochs": (1 <= self.calibration_epochs < 2**31, "at least 1"),
             "proximal_mu": (
                 0 <= self.proximal_mu <= MAX_PROXIMAL_MU,
                 f"from 0 to {MAX_PROXIMAL_MU:g}",
@@ -168,6 +183,12 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """`server_learning_rate`, or what it is by default for the server optimizer."""
         plain = self.server_optimizer in ("none", "momentum")
         return self.server_learning_rate or (1.0 if plain else 0.01)
+
+    def is_settled(self, values: Sequence[float]) -> bool:
+        """Whether a stage is over after rounds of these metrics, the larger the better, in order."""
+        if self.rounds != "auto" or len(values) <= self.patience:
+            return False
+        return max(values[-self.patience :]) <= max(values[: -self.patience])
 
     def train_plan(self, key: RoundKey, rounds: int) -> TrainPlan:
         """What a client is told for round `key.round` of a stage of `rounds` rounds."""

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from aggregator.events import (
     UpdateAccepted,
     UpdateRefused,
     UsageTold,
+    headline,
 )
 from aggregator.link import Link
 from aggregator.plan import RunPlan
@@ -51,6 +53,10 @@ USAGE_WAIT_S = 3.0
 Evaluate = Callable[[int, Mapping[str, Array]], dict[str, float]]
 """(stage, all parameters) -> metrics of the hold-out, from a thread."""
 
+Calibrate = Callable[[Offer, Mapping[str, Array], Arrays], Arrays]
+"""(the round's offer, all parameters before it, its trained groups combined) -> the trained groups, from a
+thread."""
+
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +64,8 @@ log = logging.getLogger(__name__)
 class Settings:
     """name: of the run. bundle: the exported folder. folder: where the run keeps its books and blobs.
 
-    evaluate: None without a hold-out. resume: go on with the run whose books are in `folder`.
+    evaluate: None without a hold-out. calibrate: None without public examples.
+    resume: go on with the run whose books are in `folder`.
     signature: the owner's, of the bundle's manifest, for clients to check.
     """
 
@@ -68,6 +75,7 @@ class Settings:
     plan: RunPlan
     chunk_bytes: int
     evaluate: Evaluate | None = None
+    calibrate: Calibrate | None = None
     resume: bool = False
     signature: bytes | None = None
 
@@ -164,6 +172,8 @@ class Run:
                 self.link.serve_file(ref, self._store.path(ref))
             first = last.round + 1 if last is not None and last.stage == stage else 0
             for number in range(first, self._rounds(stage)):
+                if self._is_settled(stage):
+                    break
                 await self._round(RoundKey(stage, number))
         self._machine.move(Event.FINISH)
         await self._last_usages()
@@ -179,7 +189,9 @@ class Run:
         delta = await asyncio.to_thread(
             combine, self._plan, self._state.shapes, collection.updates(), self._settings.folder
         )
-        replaced = self._state.update(delta, [self._plan.seed, key.stage, key.round])
+        seed, calibrate = [self._plan.seed, key.stage, key.round], self._settings.calibrate
+        better = partial(calibrate, collection.offer, self._state.values) if calibrate else None
+        replaced = await asyncio.to_thread(self._state.update, delta, seed, better)
         metrics = await self._evaluate(key.stage)
         seconds = time.monotonic() - begin
         cohort, loss = collection.offer.cohort, collection.loss
@@ -275,7 +287,17 @@ class Run:
         )
 
     def _rounds(self, stage: int) -> int:
-        return self._plan.rounds or self._manifest.stages[stage].rounds
+        """At most."""
+        chosen = 0 if self._plan.rounds == "auto" else self._plan.rounds
+        return chosen or self._manifest.stages[stage].rounds
+
+    def _is_settled(self, stage: int) -> bool:
+        """Whether it needs no more rounds, by its metric, or by the loss where there is no hold-out."""
+        values = []
+        for loss, metrics in self._books.metrics(stage):
+            name = headline(metrics)
+            values.append(-loss if name is None else metrics[name])
+        return self._plan.is_settled(values)
 
     async def _evaluate(self, stage: int) -> dict[str, float]:
         if self._settings.evaluate is None:

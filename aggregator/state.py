@@ -11,7 +11,7 @@ Next: `aggregator/run.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +94,22 @@ class State:
         """The stage's trainable groups: torch name -> float32."""
         return {name: self.values[name] for name in self._manifest.names_of(self._trainable)}
 
-    def update(self, delta: Mapping[str, Array], seed: Seed) -> set[BlobRef]:
+    def update(
+        self,
+        delta: Mapping[str, Array],
+        seed: Seed,
+        calibrate: Callable[[Arrays], Arrays] | None = None,
+    ) -> set[BlobRef]:
         """Take a round's combined update into the store. The blobs it replaces, to be removed after the
         checkpoint.
 
-        seed: of the rounding of a compressed change. Where it would leave float32, nothing changes.
+        seed: of the rounding of a compressed change. calibrate: the trained groups -> the same, better.
+        Where it would leave float32, nothing changes.
         """
         before, now, moments = self._blobs(), self.trainable(), self._optimizer.state()
         values = self._optimizer.step(now, delta)
+        if calibrate is not None:
+            values = calibrate(values)
         change = self._change(now, values)
         new = (*values.items(), *change.items(), *self._optimizer.state().items())
         if bad := [name for name, value in new if not np.isfinite(value).all()]:

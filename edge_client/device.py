@@ -41,6 +41,7 @@ class Device:
     columns: a modality's name -> what the table calls it, where that differs.
     feature_dtype: of the features on disk. max_feature_bytes: the most that they may take there, None for
         what is free.
+    max_memory_bytes: of this process; None: as much as a stage takes.
     checkpoint_s: seconds of training between two checkpoints.
     owner: whose signed bundles the client runs; None: any.
     """
@@ -53,6 +54,7 @@ class Device:
     columns: Mapping[str, str] = field(default_factory=dict)
     feature_dtype: str = "float16"
     max_feature_bytes: int | None = None
+    max_memory_bytes: int | None = None
     checkpoint_s: float = 60.0
     owner: Owner | None = None
 

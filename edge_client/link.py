@@ -95,7 +95,7 @@ class Link:
         self._connection = connection
         self._gate = gate
         self._exchange = Exchange(
-            connection, store, announcement.chunk_bytes, lambda _ref, _peers: self._up("chunk")
+            connection, store, announcement.chunk_bytes, lambda _ref, _peer: self._up("chunk")
         )
         self._news = asyncio.Condition()
         self._offer: Offer | None = None

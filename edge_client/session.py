@@ -33,12 +33,13 @@ from edge_client.link import Link, find_run
 from edge_client.parameters import Parameters
 from edge_client.pending import Pending, Work
 from edge_client.train import Trained, train
-from inputs.dataset import Dataset
+from inputs.dataset import Dataset, present
 from wire.compression import compress
 from wire.errors import Malformed, PeerError
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Hello, Offer, Receipt, Report, Usage
 from wire.mqtt import Broker
+from wire.parts import with_modalities, within
 from wire.rounds import Event, Role, RoundMachine, State
 from wire.store import Store
 from wire.tasks import beside
@@ -88,7 +89,10 @@ async def _take_part(link: Link, device: Device, store: Store) -> None:
 
 async def _join(link: Link, device: Device, store: Store) -> tuple[Session, Hello]:
     """What is needed before anyone can be told that we are here."""
-    manifest = await link.manifest()
+    whole = await link.manifest()
+    has = await asyncio.to_thread(present, device.data, whole.modalities, device.columns)
+    fitting = whole if device.max_memory_bytes is None else within(whole, device.max_memory_bytes)
+    manifest = with_modalities(fitting, has) or fitting  # else the data set says what it lacks
     bundle = Bundle(manifest, link, store)
     engine = choose(device.engine, manifest.stages[0].engines)
     await bundle.need(*bundle.tokenizers())
@@ -102,13 +106,14 @@ async def _join(link: Link, device: Device, store: Store) -> tuple[Session, Hell
         cache=device.folder / "inputs",
         columns=device.columns,
     )
-    log.info("%d examples, engine %s", len(dataset), engine)
+    log.info("%d examples of %s, engine %s", len(dataset), " and ".join(manifest.modalities), engine)
     hello = Hello(dict.fromkeys(manifest.modalities, len(dataset)), engine, memory_mb(), version())
-    return Session(link, device, store, bundle, dataset, engine), hello
+    parameters = Parameters(whole, link, store)
+    return Session(link, device, store, bundle, parameters, dataset, engine), hello
 
 
 class Bundle:
-    """The bundle's files, fetched when they are needed."""
+    """The bundle's files, fetched when they are needed. manifest: as far as it is about this client."""
 
     def __init__(self, manifest: Manifest, link: Link, store: Store) -> None:
         self.manifest = manifest
@@ -135,7 +140,14 @@ class Session:
     """The rounds of a run, for one client."""
 
     def __init__(
-        self, link: Link, device: Device, store: Store, bundle: Bundle, dataset: Dataset, engine: str
+        self,
+        link: Link,
+        device: Device,
+        store: Store,
+        bundle: Bundle,
+        parameters: Parameters,
+        dataset: Dataset,
+        engine: str,
     ) -> None:
         self._link = link
         self._device = device
@@ -152,7 +164,7 @@ class Session:
             dtype=device.feature_dtype,
             max_bytes=device.max_feature_bytes,
         )
-        self._parameters = Parameters(bundle.manifest, link, store)
+        self._parameters = parameters
         # While in use. Segments of one file share it where they take the same inputs.
         self._graphs: WeakValueDictionary[tuple[str, ...], Run] = WeakValueDictionary()
         self._machine = RoundMachine(Role.CLIENT)

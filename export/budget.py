@@ -63,6 +63,14 @@ class Budget:
         return [0, *(2**power for power in reversed(range((self.batch_size - 1).bit_length())))]
 
 
+def expected_peaks(
+    model: Model, schedule: Schedule, budget: Budget, micro_batch_sizes: Sequence[int]
+) -> list[int]:
+    """Bytes that a client is expected to need in each stage. model: an `export.observe.skeleton`."""
+    stages = zip(_footprints(model, schedule), micro_batch_sizes, strict=True)
+    return [budget.peak(stage, size) for stage, size in stages]
+
+
 def fit(
     model: Model,
     budget: Budget,
@@ -82,9 +90,7 @@ def fit(
     def made(blocks: int) -> tuple[Schedule, list[Footprint]]:
         settings = {} if name == "end_to_end" else {"blocks_per_stage": blocks, "warm_start": warm_start}
         schedule = SCHEDULES[name](model.depths, rounds, **settings)
-        cuts = cut_stages(model, schedule.stages)
-        before = [None, *cuts[:-1]]
-        return schedule, [footprint(*pair) for pair in zip(before, cuts, strict=True)]
+        return schedule, _footprints(model, schedule)
 
     candidates = [blocks_per_stage or 1]
     if name == "layerwise":
@@ -94,6 +100,11 @@ def fit(
             fitting = [blocks for blocks in candidates if -(-depth // blocks) == len(rounds)]
             candidates = fitting or candidates[-1:]
     return choose(budget, candidates, made)
+
+
+def _footprints(model: Model, schedule: Schedule) -> list[Footprint]:
+    cuts = cut_stages(model, schedule.stages)
+    return [footprint(*pair) for pair in zip([None, *cuts[:-1]], cuts, strict=True)]
 
 
 def choose(

@@ -20,7 +20,7 @@ from export.folder import new_folder
 from export.graph import content, trace, weights_as_inputs
 from export.parity import Engines, Parity, check
 from export.schedules import Schedule
-from export.stage import Cut, StageCuts, cut_stages
+from export.stage import Cut, StageCuts, TrainCut, cut_stages
 from export.tokenizer import train_tokenizer
 from models.model import Model, group_of
 from wire.errors import UserError
@@ -32,6 +32,7 @@ from wire.manifest import (
     Graph,
     Manifest,
     Parameter,
+    Partial,
     Stage,
     encode_manifest,
 )
@@ -76,6 +77,7 @@ def export_bundle(
     max_batch_size: int = MAX_BATCH_SIZE,
     micro_batch_sizes: Sequence[int] | None = None,
     expected_peak_bytes: Sequence[int] = (),
+    missing_modalities: bool = False,
     runtimes: Engines | None = None,
     seed: int = 0,
     force: bool = False,
@@ -88,6 +90,7 @@ def export_bundle(
     max_batch_size: the largest batch to train with.
     micro_batch_sizes: of each stage, `Stage.micro_batch_size`; None: 0 of all.
     expected_peak_bytes: of a client, one a stage (`export/budget.py`); empty: unknown.
+    missing_modalities: also write train steps for clients that have only some modalities.
     runtimes: the package `edge_client.engines`, which the check runs the bundle on; None: no check.
     seed: of the check's random inputs.
     Raises `UserError` where arguments do not fit, `ParityError` where the bundle does not follow torch.
@@ -106,7 +109,7 @@ def export_bundle(
             files.add(name, train_tokenizer(texts, size))
         values = parameter_values(model)
         files.add(INITIAL, pack(values))
-        cuts = cut_stages(model, schedule.stages)
+        cuts = cut_stages(model, schedule.stages, missing_modalities=missing_modalities)
         stages = tuple(
             _stage(number, cut, model, makers, files, size)
             for number, (cut, size) in enumerate(zip(cuts, micro, strict=True))
@@ -156,6 +159,15 @@ def _stage(
     def graph(kind: str, cut: Cut, *, on_device: bool = False) -> Graph:
         return _graph(f"stage{number}.{kind}", cut, model, files, makers if on_device else None)
 
+    def engines(cut: TrainCut, part: str = "") -> dict[str, dict[str, str]]:
+        return {
+            engine: {
+                role: files.add(f"{engine}/stage{number}.{part}{role}.{ending}", data)
+                for role, (ending, data) in made.items()
+            }
+            for engine, made in makers.of_step(cut, micro_batch_size).items()
+        }
+
     plan = cuts.plan
     return Stage(
         trainable=plan.trainable,
@@ -164,19 +176,23 @@ def _stage(
         warm_start=dict(plan.warm_start),
         inputs=cuts.train.inputs,
         parameters=cuts.train.torch_names(model),
-        engines={
-            engine: {
-                role: files.add(f"{engine}/stage{number}.{role}.{ending}", data)
-                for role, (ending, data) in made.items()
-            }
-            for engine, made in makers.of_step(cuts.train, micro_batch_size).items()
-        },
+        engines=engines(cuts.train),
         segments={
             name: graph(f"{name}.segment", cut, on_device=True) for name, cut in cuts.segments.items()
         },
         encoders={name: graph(f"{name}.encoder", cut) for name, cut in cuts.encoders.items()},
         classifier=graph("classifier", cuts.classifier) if cuts.classifier else None,
         micro_batch_size=micro_batch_size,
+        partials=tuple(
+            Partial(
+                modalities=part,
+                trainable=plan.trainable_with(part),
+                inputs=cut.inputs,
+                parameters=cut.torch_names(model),
+                engines=engines(cut, f"{'-'.join(part)}."),
+            )
+            for part, cut in cuts.partials.items()
+        ),
     )
 
 

@@ -14,8 +14,8 @@ LW-FedMML, arXiv 2407.15426, compares schedules so. Next: `lamina/plan_command.p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -111,10 +111,19 @@ class Setting:
 
 
 def schedule_cost(
-    model: Model, schedule: Schedule, setting: Setting, micro_batch_sizes: Sequence[int] = ()
+    model: Model,
+    schedule: Schedule,
+    setting: Setting,
+    micro_batch_sizes: Sequence[int] = (),
+    modalities: Collection[str] = (),
 ) -> ScheduleCost:
-    """model: an `export.observe.skeleton`. micro_batch_sizes: one a stage, 0 for none; empty: no stage."""
-    cuts = cut_stages(model, schedule.stages)
+    """model: an `export.observe.skeleton`. micro_batch_sizes: one a stage, 0 for none; empty: no stage.
+
+    modalities: those that the client has, if it lacks some; then only its FLOPs are a client's.
+    """
+    cuts = cut_stages(model, schedule.stages, missing_modalities=bool(modalities))
+    if modalities:
+        cuts = [_of_part(cut, modalities) for cut in cuts]
     sizes = micro_batch_sizes or [0] * len(cuts)
     stages = [
         _stage_cost(model, cuts[number - 1] if number else None, cut, setting, size)
@@ -205,6 +214,14 @@ def _stage_cost(
         frozen_bytes=value_bytes(_shapes(model, fetched), "none"),
         peak_bytes=peak_bytes(setting.engine, footprint(before, cut), batch_size, micro_batch_size),
     )
+
+
+def _of_part(cut: StageCuts, modalities: Collection[str]) -> StageCuts:
+    """What a client computes that has only these modalities."""
+    part = next(one for one in cut.partials if set(one) == set(modalities))
+    starts = {name: start if name in part else None for name, start in cut.plan.starts.items()}
+    segments = {name: one for name, one in cut.segments.items() if name in part}
+    return replace(cut, plan=replace(cut.plan, starts=starts), train=cut.partials[part], segments=segments)
 
 
 def _prefix(model: Model, plan: StagePlan) -> list[SegmentCut]:

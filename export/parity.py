@@ -31,6 +31,7 @@ from export.stage import Cut, StageCuts, TrainCut, example
 from models.model import LABEL, Model
 from wire.errors import LaminaError
 from wire.manifest import AdamW, Graph, Manifest, Stage
+from wire.parts import with_modalities
 from wire.tensors import Array, Arrays
 
 STEPS = 5
@@ -163,12 +164,17 @@ def _check(
     for number, (stage, cut) in enumerate(zip(manifest.stages, cuts, strict=True)):
         generator = torch.Generator().manual_seed(seed + number)
         sizes = [min(size, manifest.max_batch_size) for size in _batch_sizes(stage.micro_batch_size)]
-        batches = [example(cut.train.inputs, size, limits, generator) for size in sizes]
-        losses, after = reference(cut.train, model, batches, manifest.optimizer, LEARNING_RATE)
-        for name in usable:
-            engine = engines.open_engine(name, folder.joinpath, manifest, number)
-            _check_engine(f"stage {number + 1} on {name}", engine, values, batches, losses, after, worst)
-            engine.close()
+        for part, step in {tuple(manifest.modalities): cut.train, **cut.partials}.items():
+            seen = with_modalities(manifest, part)
+            assert seen is not None
+            batches = [example(step.inputs, size, limits, generator) for size in sizes]
+            losses, after = reference(step, model, batches, manifest.optimizer, LEARNING_RATE)
+            of = f" of {', '.join(part)}" if part in cut.partials else ""
+            for name in usable:
+                engine = engines.open_engine(name, folder.joinpath, seen, number)
+                where = f"stage {number + 1}{of} on {name}"
+                _check_engine(where, engine, values, batches, losses, after, worst)
+                engine.close()
         for name, one, graph in _graphs(cut, stage, usable, encoders=encoders):
             inputs = example(one.inputs, sizes[-1], limits, generator)
             run = engines.open_graph(name, folder.joinpath, graph)

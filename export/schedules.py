@@ -13,7 +13,7 @@ Tun, Thwal, Nguyen, Hong, arXiv 2407.15426. Next: `export/stage.py`, which cuts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +39,11 @@ class StagePlan:
     starts: Mapping[str, int | None]
     warm_start: Mapping[str, str]
     rounds: int
+
+    def trainable_with(self, modalities: Collection[str]) -> tuple[str, ...]:
+        """The groups that a client trains which has only these modalities."""
+        kept = {*modalities, "head"}
+        return tuple(group for group in self.trainable if group.removeprefix("head.").split(".")[0] in kept)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,8 @@ def _plan(
         (trainable if start is None else frozen).append(f"{name}.stem")
         for block in range(depth):
             (trainable if start is None or block >= start else frozen).append(f"{name}.block.{block}")
-    return StagePlan((*trainable, "head"), tuple(frozen), dict(depths), dict(starts), warm_start, rounds)
+    head = ("head", *(f"head.{name}" for name in depths))
+    return StagePlan((*trainable, *head), tuple(frozen), dict(depths), dict(starts), warm_start, rounds)
 
 
 def _attached(depths: Mapping[str, int], blocks_per_stage: int) -> list[dict[str, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from export.schedules import StagePlan
 from models.encoder import Section
 from models.heads import ClassificationHead, Head
 from models.model import LABEL, Model
+from wire.errors import UserError
 from wire.manifest import TensorSpec
 
 
@@ -103,7 +105,7 @@ class ClassifierCut(Cut):
 
     def __init__(self, head: ClassificationHead) -> None:
         super().__init__()
-        self.fuse, self.classify = head.fuse, head.classify
+        self.fuse, self.bias, self.classify = head.fuse, head.bias, head.classify
         self._logits = head.logits
         self.inputs = {name: TensorSpec((head.embedding,), "float32") for name in head.modalities}
 
@@ -114,22 +116,43 @@ class ClassifierCut(Cut):
 
 @dataclass(frozen=True)
 class StageCuts:
-    """Everything a stage is made of; the fields are those of `wire.manifest.Stage`."""
+    """Everything a stage is made of; the fields are those of `wire.manifest.Stage`.
+
+    partials: the modalities that a client has -> its train step.
+    """
 
     plan: StagePlan
     train: TrainCut
+    partials: dict[tuple[str, ...], TrainCut]
     segments: dict[str, SegmentCut]
     encoders: dict[str, EncoderCut]
     classifier: ClassifierCut | None
 
 
-def cut_stages(model: Model, plans: tuple[StagePlan, ...]) -> list[StageCuts]:
-    """The cuts of every stage."""
+def cut_stages(
+    model: Model, plans: tuple[StagePlan, ...], *, missing_modalities: bool = False
+) -> list[StageCuts]:
+    """The cuts of every stage. missing_modalities: also for clients that have only some modalities."""
     followers = [*plans[1:], None]
-    return [_cut(model, plan, after) for plan, after in zip(plans, followers, strict=True)]
+    parts = _parts(model) if missing_modalities else ()
+    return [_cut(model, plan, after, parts) for plan, after in zip(plans, followers, strict=True)]
 
 
-def _cut(model: Model, plan: StagePlan, after: StagePlan | None) -> StageCuts:
+def _parts(model: Model) -> tuple[tuple[str, ...], ...]:
+    """What a client may have that lacks a modality, as far as there is a loss. Raises `UserError`."""
+    names = model.head.modalities
+    sizes = range(model.head.least, len(names))
+    if not sizes:
+        raise UserError(
+            f"a {model.task} loss of {' and '.join(names)} needs all of them in every client",
+            "leave out --missing-modalities, and the clients that lack one",
+        )
+    return tuple(part for size in sizes for part in combinations(names, size))
+
+
+def _cut(
+    model: Model, plan: StagePlan, after: StagePlan | None, parts: tuple[tuple[str, ...], ...]
+) -> StageCuts:
     sections, segments, encoders = {}, {}, {}
     inputs: dict[str, TensorSpec] = {}
     for name, encoder in model.encoders.items():
@@ -143,10 +166,18 @@ def _cut(model: Model, plan: StagePlan, after: StagePlan | None) -> StageCuts:
         encoders[name] = EncoderCut(name, encoder.section(0, depth, stem=True), model.head, raw)
     if LABEL in model.inputs:
         inputs[LABEL] = model.inputs[LABEL]
-    train = TrainCut(sections, model.head, inputs)
     head = model.head
+    train = TrainCut(sections, head, inputs)
+    partials = {part: _partial(train, part) for part in parts}
     classifier = ClassifierCut(head) if isinstance(head, ClassificationHead) else None
-    return StageCuts(plan, train, segments, encoders, classifier)
+    return StageCuts(plan, train, partials, segments, encoders, classifier)
+
+
+def _partial(train: TrainCut, modalities: tuple[str, ...]) -> TrainCut:
+    sections = {name: train.sections[name] for name in modalities}
+    absent = train.sections.keys() - sections.keys()
+    inputs = {name: spec for name, spec in train.inputs.items() if name.partition("_")[0] not in absent}
+    return TrainCut(sections, train.head.part(modalities), inputs)
 
 
 def example(

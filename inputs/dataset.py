@@ -1,8 +1,8 @@
 """A folder of examples as arrays, on every device and on the aggregator.
 
 Rules:
-- An example has every modality of the model, and for classification a label. Rows with an empty cell there
-  are left out and counted in the log.
+- An example has every modality that is asked for, and for classification a label. Rows with an empty cell
+  there are left out and counted in the log. What a folder can be asked for is what `present` says.
 - Each cell is read once, into a file in `cache` whose rows are read from then on: memory holds a batch
   and the table's few columns, never the data. The cache may be deleted whenever nothing uses it.
 - `fingerprint` names the content: cells, files, tokenizer, options. It changes when any of them does.
@@ -13,7 +13,7 @@ Next: `edge_client/cache.py`, which keeps the prefix's features under the same f
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,10 @@ class Dataset:
         table, cells = _columns(folder, needed, columns or {})
         rows = [row for row in range(len(table)) if all(cells[name][row] for name in needed)]
         if not rows:
-            raise UserError(f"no row of {table.path} has {' and '.join(needed)}", "fill the empty cells")
+            raise UserError(
+                f"no row of {table.path} has {' and '.join(needed)}",
+                "fill the empty cells, or export for clients that lack some: --missing-modalities",
+            )
         if left_out := len(table) - len(rows):
             log.warning("%s: %d of %d rows lack a cell and are left out", table.path, left_out, len(table))
 
@@ -126,6 +129,15 @@ class Dataset:
         return arrays if names is None else {name: arrays[name] for name in names}
 
 
+def present(
+    folder: Path, modalities: Collection[str], columns: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """Those of the modalities that any row of the folder's table has. Raises `UserError`."""
+    theirs = {name: (columns or {}).get(name, name) for name in modalities}
+    table = read_table(folder, set(theirs.values()))
+    return tuple(ours for ours, name in theirs.items() if any(table.columns.get(name, ())))
+
+
 def _columns(
     folder: Path, needed: Sequence[str], columns: Mapping[str, str]
 ) -> tuple[Table, dict[str, list[str]]]:
@@ -136,7 +148,7 @@ def _columns(
         if theirs[name] not in table.columns:
             raise UserError(
                 f"{table.path} has no column {theirs[name]!r}, only {', '.join(map(repr, table.header))}",
-                f"rename one of them, or say which it is: --column {name}=THEIR_NAME",
+                f"say which it is: --column {name}=THEIR_NAME, or export with --missing-modalities",
             )
     return table, {ours: table.columns[name] for ours, name in theirs.items() if name in table.columns}
 

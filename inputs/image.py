@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from inputs.readers import AnyArray, BundleFile, Unreadable, check_inputs
+from inputs.readers import AnyArray, BundleFile, Unreadable, check_inputs, in_folder
 from inputs.views import view
 from wire.errors import Malformed
 from wire.manifest import Modality
@@ -47,11 +47,8 @@ class ImageReader:
         check_inputs(modality, {self._name: (self.shape, np.float32)})
 
     def source(self, folder: Path, cell: str) -> Path:
-        """The image's path. Links inside the folder may lead anywhere: the user has put them there."""
-        path = PurePosixPath(cell)
-        if path.is_absolute() or ".." in path.parts:
-            raise Unreadable(f"{cell} is outside the folder", "write paths relative to the table's folder")
-        return folder / path
+        """The image's path."""
+        return in_folder(folder, cell)
 
     def encode(self, folder: Path, cell: str) -> AnyArray:
         """The picture as uint8 `[3, size, size]`. Raises `Unreadable`: missing, broken or too large."""

@@ -5,14 +5,14 @@ array of one shape, is kept on disk. `decode` is quick and runs for every batch:
 the model is fed. In between, a reader that augments may put a `view` of an example in its place. A new kind
 is one file and one line in `READERS`.
 
-Next: `inputs/image.py` and `inputs/text.py`; `inputs/store.py` keeps what they encode.
+Next: `inputs/image.py`, `text.py`, `series.py` and `audio.py`; `inputs/store.py` keeps what they encode.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -27,6 +27,8 @@ BundleFile = Callable[[str], Path]
 READERS = {
     "image": "inputs.image:ImageReader",
     "text": "inputs.text:TextReader",
+    "series": "inputs.series:SeriesReader",
+    "audio": "inputs.audio:AudioReader",
 }
 
 
@@ -80,6 +82,17 @@ def make_reader(modality: Modality, file: BundleFile) -> Reader:
         )
     module, _, name = READERS[modality.kind].partition(":")
     return cast("Reader", getattr(importlib.import_module(module), name)(modality, file))
+
+
+def in_folder(folder: Path, cell: str) -> Path:
+    """The path that a cell names. Links inside the folder may lead anywhere: the user has put them there.
+
+    Raises `Unreadable` for one that leaves the folder.
+    """
+    path = PurePosixPath(cell)
+    if path.is_absolute() or ".." in path.parts:
+        raise Unreadable(f"{cell} is outside the folder", "write paths relative to the table's folder")
+    return folder / path
 
 
 def check_inputs(modality: Modality, made: dict[str, tuple[tuple[int, ...], npt.DTypeLike]]) -> None:

@@ -18,6 +18,7 @@ import click
 from lamina.logs import always, is_json, log_format_option
 from lamina.options import (
     broker_option,
+    calibration_option,
     column_option,
     config_option,
     owner_option,
@@ -37,7 +38,9 @@ from wire.transfer import CHUNK_BYTES, check_chunk_bytes
 
 if TYPE_CHECKING:
     from aggregator.events import Event, Tell
-    from aggregator.run import Evaluate
+    from aggregator.plan import RunPlan
+    from aggregator.run import Calibrate, Evaluate
+    from inputs.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--holdout", type=click.Path(path_type=Path), help="A folder of examples to evaluate every round on."
 )
+@calibration_option
 @column_option
 @click.option(
     "--chunk-bytes",
@@ -86,6 +90,7 @@ def command(
     folder: Path,
     resume: bool,
     holdout: Path | None,
+    calibration: Path | None,
     columns: tuple[str, ...],
     chunk_bytes: int,
     as_json: bool,
@@ -127,8 +132,14 @@ def command(
     )
     theirs = pairs(columns, "--column")
     with locked(folder, "stop it, or choose another --dir"), contextlib.closing(Books(folder)) as books:
+        read = partial(_dataset, bundle, manifest, theirs)
         if holdout is not None:
-            settings = replace(settings, evaluate=_evaluate(bundle, manifest, holdout, theirs, folder))
+            settings = replace(
+                settings, evaluate=_evaluate(bundle, manifest, read(holdout, folder / "inputs"))
+            )
+        if calibration is not None:
+            public = read(calibration, folder / "calibration" / "inputs")
+            settings = replace(settings, calibrate=_calibrate(bundle, manifest, public, folder, run_plan))
         if as_json:
             _conduct(address, settings, manifest, books, lambda event: click.echo(to_json(event)))
         elif is_json():
@@ -179,19 +190,32 @@ def _conduct(address: Broker, settings: Any, manifest: Manifest, books: Any, tel
     )
 
 
-def _evaluate(
-    bundle: Path, manifest: Manifest, holdout: Path, columns: dict[str, str], folder: Path
-) -> Evaluate:
+def _dataset(
+    bundle: Path, manifest: Manifest, columns: dict[str, str], folder: Path, cache: Path
+) -> Dataset:
     from inputs.dataset import Dataset
-    from lamina.evaluation import evaluate_stage
 
-    dataset = Dataset.open(
-        holdout,
+    return Dataset.open(
+        folder,
         manifest.modalities,
         manifest.task,
         manifest.classes,
         bundle.joinpath,
-        cache=folder / "inputs",
+        cache=cache,
         columns=columns,
     )
+
+
+def _evaluate(bundle: Path, manifest: Manifest, dataset: Dataset) -> Evaluate:
+    from lamina.evaluation import evaluate_stage
+
     return partial(evaluate_stage, bundle, manifest, dataset, os.cpu_count() or 1)
+
+
+def _calibrate(
+    bundle: Path, manifest: Manifest, dataset: Dataset, folder: Path, plan: RunPlan
+) -> Calibrate:
+    from lamina.calibration import Calibration
+
+    features, threads = folder / "calibration" / "features", os.cpu_count() or 1
+    return Calibration(bundle, manifest, dataset, features, plan.calibration_epochs, threads)

@@ -25,6 +25,7 @@ from lamina.options import (
     config_option,
     engine_option,
     feature_options,
+    memory_budget_option,
     owner_option,
     pairs,
     run_until_stopped,
@@ -62,6 +63,7 @@ Of the clients that `lamina provision` has made:
     help="Threads of a train step.  [default: all cores]",
 )
 @feature_options
+@memory_budget_option("What training here may use, such as 150MB: deep stages train as far as that goes.")
 @click.option(
     "--checkpoint-s",
     type=click.FloatRange(min=0),
@@ -89,6 +91,7 @@ def train(
     threads: int,
     feature_dtype: str,
     max_feature_mb: int | None,
+    memory_budget: int | None,
     checkpoint_s: float,
     columns: tuple[str, ...],
     folder: Path | None,
@@ -117,6 +120,7 @@ def train(
         columns=pairs(columns, "--column"),
         feature_dtype=feature_dtype,
         max_feature_bytes=None if max_feature_mb is None else max_feature_mb * 10**6,
+        max_memory_bytes=memory_budget,
         checkpoint_s=checkpoint_s,
         owner=None if owner is None else Owner.read(owner),
     )

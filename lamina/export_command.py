@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lamina.options import (
+    FOR_EXPORT,
     column_option,
     config_option,
     end_with_parent,
@@ -38,13 +39,13 @@ if TYPE_CHECKING:
     type=int,
     help="Blocks that a stage attaches.  [default: 1, or what fits a --memory-budget]",
 )
-@memory_budget_option
+@memory_budget_option(FOR_EXPORT)
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 2**16),
     default=32,
     show_default=True,
-    help="Examples in a train step of the run that --memory-budget is for.",
+    help="Examples in a train step of the run, for what is expected of its memory.",
 )
 @click.option(
     "--data",
@@ -107,6 +108,7 @@ def command(
     memory_budget: int | None,
     batch_size: int,
     warm_start: WarmStart,
+    missing_modalities: bool,
     data: tuple[Path, ...],
     columns: tuple[str, ...],
     beta1: float,
@@ -134,23 +136,28 @@ def command(
     if memory_budget is not None and micro:
         raise UserError("--memory-budget chooses --micro-batch-size", "give one of them")
     builder_options = _options(options)
-    if builder_options.get("task") == "classification":
-        builder_options.setdefault("classes", len(classes))
     try:
         import torch
 
         import edge_client.engines as engines
-        from export.budget import Budget, fit
+        from export.budget import Budget, expected_peaks, fit
         from export.bundle import Exported, export_bundle
         from export.engines import check_engines, exportable
         from export.observe import skeleton
         from export.schedules import SCHEDULES, Schedule
         from lamina.within_budget import export_within
-        from models.registry import build
+        from models.registry import build, full_options
     except ImportError as error:
         raise UserError(f"exporting needs {error.name}", 'pip install "lamina[export]"') from error
     from wire.manifest import AdamW, parameter_counts
 
+    if full_options(model, **builder_options).get("task") == "classification":
+        if not classes:
+            raise UserError(
+                f"{model} tells classes apart, and there are no labels",
+                "name folders whose table has the column label: --data FOLDER",
+            )
+        builder_options.setdefault("classes", len(classes))
     torch.manual_seed(seed)
     built = build(model, **builder_options)
 
@@ -164,24 +171,28 @@ def command(
             optimizer=AdamW(beta1, beta2, eps, weight_decay),
             engines=names or None,
             max_batch_size=max_batch_size,
+            missing_modalities=missing_modalities,
             runtimes=engines if check else None,
             seed=seed,
             force=force,
             **planned,
         )
 
+    chosen = check_engines(names or exportable())
+    shell = skeleton(built.builder, built.builder_options)
     measured: Sequence[Mapping[str, int]] = ()
     if memory_budget is None:
         extra = {"blocks_per_stage": blocks_per_stage or 1, "warm_start": warm_start}
         made = SCHEDULES[schedule](built.depths, each, **({} if schedule == "end_to_end" else extra))
         sizes = [micro] * len(made.stages) if isinstance(micro, int) else micro
-        exported = write(made, out, force=force, micro_batch_sizes=sizes)
+        peaks = expected_peaks(shell, made, Budget(0, min(batch_size, max_batch_size), chosen), sizes)
+        exported = write(made, out, force=force, micro_batch_sizes=sizes, expected_peak_bytes=peaks)
     else:
         within = export_within(
-            Budget(memory_budget, batch_size, check_engines(names or exportable())),
+            Budget(memory_budget, batch_size, chosen),
             partial(
                 fit,
-                skeleton(built.builder, built.builder_options),
+                shell,
                 name=schedule,
                 rounds=each,
                 blocks_per_stage=blocks_per_stage,

@@ -60,6 +60,7 @@ class LocalRun:
     model: str
     options: tuple[str, ...]
     warm_start: str
+    missing_modalities: bool
     columns: tuple[str, ...]
     engines: tuple[str, ...]
     threads: int
@@ -67,6 +68,7 @@ class LocalRun:
     features: tuple[str, ...]
     memory_budget: int | None
     broker: str | None
+    calibration: Path | None
     plan: dict[str, Any]
     client_processes: int = 0
 
@@ -169,13 +171,14 @@ def export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     """Of the export that this run needs."""
     arguments = ["--model", run.model, "--schedule", run.schedule, "--warm-start", run.warm_start]
     arguments += ["--seed", str(run.plan["seed"])]
+    arguments += ["--missing-modalities"] if run.missing_modalities else []
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
     arguments += ["--max-batch-size", str(max(64, run.plan["batch_size"]))]
     arguments += ["--micro-batch-size", run.micro_batch_size]
+    arguments += ["--batch-size", str(run.plan["batch_size"])]
     if run.memory_budget is not None:
         arguments += ["--memory-budget", f"{run.memory_budget}B"]
-        arguments += ["--batch-size", str(run.plan["batch_size"])]
     arguments += [word for client in run.clients for word in ("--data", str(run.data / "clients" / client))]
     return [*arguments, *_columns(run), "--out", str(bundle)]
 
@@ -185,6 +188,8 @@ def _aggregator_arguments(run: LocalRun, url: str, bundle: Path) -> list[str]:
     arguments += ["--dir", str(run.folder / "aggregator"), "--json", *_columns(run)]
     if (run.data / "holdout").is_dir():
         arguments += ["--holdout", str(run.data / "holdout")]
+    if run.calibration is not None:
+        arguments += ["--calibration", str(run.calibration)]
     return arguments + [
         word for name, value in run.plan.items() for word in (f"--{name.replace('_', '-')}", str(value))
     ]

@@ -99,13 +99,25 @@ def feature_options(function: F) -> F:
     return function
 
 
-def memory_budget_option(function: F) -> F:
+def memory_budget_option(text: str) -> Callable[[F], F]:
     """`--memory-budget`, in bytes: what a client's process may use."""
     return click.option(
         "--memory-budget",
         metavar="AMOUNT",
         callback=lambda _context, _option, text: None if text is None else _bytes(text),
-        help="What a client may use, such as 200MB: decides blocks per stage and micro-batches.",
+        help=text,
+    )
+
+
+FOR_EXPORT = "What a client may use, such as 200MB: decides blocks per stage and micro-batches."
+
+
+def calibration_option(function: F) -> F:
+    """`--calibration`, a folder."""
+    return click.option(
+        "--calibration",
+        type=click.Path(path_type=Path),
+        help="A folder of public examples that the aggregator trains on after each round.",
     )(function)
 
 
@@ -136,7 +148,7 @@ def config_option(function: F) -> F:
 
 
 def model_options(function: F) -> F:
-    """`--schedule`, `--model`, `--option` and `--warm-start`: what is trained, and in which stages."""
+    """What is trained, in which stages, and by whom."""
     for option in reversed(
         (
             click.option(
@@ -163,6 +175,11 @@ def model_options(function: F) -> F:
                 show_default=True,
                 help="Start a new block as a copy of the one below, or fresh.",
             ),
+            click.option(
+                "--missing-modalities",
+                is_flag=True,
+                help="Let clients train that lack a modality: what they have, and the head.",
+            ),
         )
     ):
         function = option(function)
@@ -172,7 +189,7 @@ def model_options(function: F) -> F:
 def plan_options(**defaults: Any) -> Callable[[F], F]:
     """An option for each setting of `aggregator.plan.RunPlan`, with these defaults instead of its own."""
     import msgspec
-    from msgspec.inspect import IntType, LiteralType, Metadata, StructType
+    from msgspec.inspect import IntType, LiteralType, Metadata, StructType, UnionType
 
     from aggregator.plan import RunPlan
 
@@ -186,6 +203,8 @@ def plan_options(**defaults: Any) -> Callable[[F], F]:
             kind: Any = int if isinstance(inner, IntType) else float
             if isinstance(inner, LiteralType):
                 kind = click.Choice([str(value) for value in inner.values])
+            if isinstance(inner, UnionType):
+                kind = _NumberOr({word for one in inner.types for word in getattr(one, "values", ())})
             function = click.option(
                 f"--{field.name.replace('_', '-')}",
                 type=kind,
@@ -196,6 +215,19 @@ def plan_options(**defaults: Any) -> Callable[[F], F]:
         return function
 
     return add
+
+
+class _NumberOr(click.ParamType[Any]):
+    """A whole number, or one of some words."""
+
+    name = "integer"
+
+    def __init__(self, words: set[str]) -> None:
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Raises `click.BadParameter`."""
+        return value if value in self._words else click.INT.convert(value, param, ctx)
 
 
 def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:

@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from lamina.data.sets import DATA_SETS, prepare_with_defaults
 from lamina.local import LocalRun, clients_of, conduct
 from lamina.options import (
+    FOR_EXPORT,
     broker_option,
+    calibration_option,
     column_option,
     config_option,
     engine_option,
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
     from wire.manifest import Manifest
 
 
-EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "memory_budget")
+EXPORTED = (
+    *("schedule", "model", "options", "warm_start"),
+    *("missing_modalities", "micro_batch_size", "memory_budget"),
+)
 """Parameters that only an export heeds."""
 
 
@@ -51,14 +57,19 @@ EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "m
 @click.option(
     "--clients",
     type=click.IntRange(min=1),
-    default=4,
+    help="Client processes, for a downloaded data set.  [default: 4 of emoji, 10 of digits, 8 of watch]",
+)
+@click.option(
+    "--data-set",
+    type=click.Choice(list(DATA_SETS)),
+    default="emoji",
     show_default=True,
-    help="Client processes, for the emoji data.",
+    help="What is downloaded. Without --model, digits and watch train the model of their name.",
 )
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="A folder with clients/<name>/ and, for metrics, holdout/.  [default: emoji, downloaded]",
+    help="A folder with clients/<name>/ and, for metrics, holdout/.  [default: a data set, downloaded]",
 )
 @click.option(
     "--bundle",
@@ -66,6 +77,7 @@ EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "m
     help="Train what `lamina export` has written there.  [default: exported for this run]",
 )
 @broker_option()
+@calibration_option
 @column_option
 @engine_option(
     multiple=True,
@@ -86,7 +98,7 @@ EXPORTED = ("schedule", "model", "options", "warm_start", "micro_batch_size", "m
     help="The most examples that a client computes at a time, or one number a stage; see `lamina export`.",
 )
 @feature_options
-@memory_budget_option
+@memory_budget_option(FOR_EXPORT)
 @click.option(
     "--dir",
     "folder",
@@ -107,10 +119,13 @@ def command(
     model: str,
     options: tuple[str, ...],
     warm_start: str,
-    clients: int,
+    missing_modalities: bool,
+    clients: int | None,
+    data_set: str,
     data: Path | None,
     bundle: Path | None,
     broker: str | None,
+    calibration: Path | None,
     columns: tuple[str, ...],
     engine: tuple[str, ...],
     threads: int,
@@ -141,7 +156,11 @@ def command(
     name = check_name(
         name or f"{schedule}-s{plan['seed']}-{time.strftime('%Y%m%d-%H%M%S')}", "the run's name"
     )
-    data = data or _prepare_emoji(folder, clients)
+    if data is None:
+        model = DATA_SETS[data_set].model if _is_default(context, "model") else model
+        data = prepare_with_defaults(data_set, folder / "data", clients or DATA_SETS[data_set].clients)
+    elif not _is_default(context, "data_set"):
+        raise UserError("--data and --data-set both say what is trained on", "give one of them")
     names = clients_of(data)
     if plan["min_available_clients"] is None:
         plan["min_available_clients"] = len(names)
@@ -156,6 +175,7 @@ def command(
         model=model,
         options=options,
         warm_start=warm_start,
+        missing_modalities=missing_modalities,
         columns=columns,
         engines=engines,
         threads=threads or max(1, (os.cpu_count() or 1) // len(names)),
@@ -166,6 +186,7 @@ def command(
         ),
         memory_budget=memory_budget,
         broker=broker,
+        calibration=calibration,
         plan=plan,
     )
     if run.folder.exists():
@@ -192,12 +213,17 @@ def _manifest(bundle: Path, context: click.Context) -> Manifest:
     from wire.manifest import read_manifest
 
     for option in context.command.params:
-        if option.name in EXPORTED and context.get_parameter_source(option.name) != ParameterSource.DEFAULT:
+        if option.name in EXPORTED and not _is_default(context, option.name):
             raise UserError(
                 f"{option.opts[0]} was decided when {bundle} was exported",
                 "leave it out, or leave out --bundle to export anew",
             )
     return read_manifest(bundle)[0]
+
+
+def _is_default(context: click.Context, option: str) -> bool:
+    """Whether nobody has said anything of it."""
+    return context.get_parameter_source(option) == ParameterSource.DEFAULT
 
 
 def as_result(closed: RunClosed) -> dict[str, Any]:
@@ -207,11 +233,3 @@ def as_result(closed: RunClosed) -> dict[str, Any]:
     result: dict[str, Any] = msgspec.to_builtins(closed)
     del result["type"]
     return result
-
-
-def _prepare_emoji(folder: Path, clients: int) -> Path:
-    from lamina.data.command import progress_bar
-    from lamina.data.emoji import prepare_emoji
-
-    with progress_bar() as progress:
-        return prepare_emoji(folder / "data" / f"emoji-{clients}", clients, progress=progress).folder

@@ -30,10 +30,10 @@ from aggregator.events import (
     UpdateAccepted,
     UpdateRefused,
     UsageTold,
+    headline,
 )
 
 NEWS = 4
-HEADLINES = ("recall@10", "accuracy")
 
 
 @dataclass
@@ -293,12 +293,12 @@ def _clients(board: Board) -> Table:
 
 
 def _headline(metrics: dict[str, float], before: str = "") -> str:
-    for name in HEADLINES:
-        if name in metrics:
-            chance = metrics.get(_chance(name))
-            told = f" (chance {100 * chance:.1f}%)" if chance is not None else ""
-            return f"{before}{name} {100 * metrics[name]:.1f}%{told}"
-    return ""
+    name = headline(metrics)
+    if name is None:
+        return ""
+    chance = metrics.get(_chance(name))
+    told = f" (chance {100 * chance:.1f}%)" if chance is not None else ""
+    return f"{before}{name} {100 * metrics[name]:.1f}%{told}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
 from wire.errors import UserError
 from wire.manifest import Modality, TensorSpec
+
+Stem = Literal["patch", "conv"]
+"""What most encoders have a choice of: patches, or convolutions, which learn faster from few examples."""
 
 
 class Section(nn.Module):

@@ -1,16 +1,18 @@
 """Heads: features of every modality -> the loss. They fit every depth, so each stage's cut is a model.
 
 Rules: plain operations with gradients in ONNX Runtime Training only. Per modality a head normalises,
-pools over the (unmasked) tokens and projects to one shared embedding width. A batch of one example has a
-contrastive loss of zero.
+pools over the (unmasked) tokens and projects to one shared embedding width. What only one modality uses
+lies in `ModuleDict`s under its name, so a head can do without some of them (`part`), and a group is trained
+by those who have it. A batch of one example has a contrastive loss of zero.
 
 Next: `models/model.py`, which joins encoders and a head.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations
 
 import torch
@@ -59,6 +61,20 @@ class Head(nn.Module):
             {name: Projection(width, embedding) for name, width in widths.items()}
         )
 
+    least = 1
+    """Modalities without which there is no loss."""
+
+    def part(self, modalities: Collection[str]) -> Head:
+        """The head of these modalities only; it shares its parameters with this one."""
+        part = copy.copy(self)
+        part._modules = dict(self._modules)
+        part.modalities = tuple(name for name in self.modalities if name in modalities)
+        for name, module in self._modules.items():
+            if isinstance(module, nn.ModuleDict):
+                kept = {modality: module[modality] for modality in part.modalities}
+                part._modules[name] = nn.ModuleDict(kept)
+        return part
+
     def embed(self, modality: str, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features float32 [B, T, width] -> embedding float32 [B, embedding]."""
         embedded: Tensor = self.projections[modality](features, mask)
@@ -73,6 +89,7 @@ class ContrastiveHead(Head):
     """Symmetric InfoNCE with a learned temperature (CLIP, arXiv 2103.00020), mean over modality pairs."""
 
     task: Task = "contrastive"
+    least = 2
 
     def __init__(self, widths: Mapping[str, int], embedding: int) -> None:
         super().__init__(widths, embedding)
@@ -102,7 +119,11 @@ class ContrastiveHead(Head):
 
 
 class ClassificationHead(Head):
-    """The modalities' embeddings side by side, one hidden layer, cross-entropy."""
+    """One hidden layer over the modalities' embeddings together, cross-entropy.
+
+    The hidden layer is a sum of one linear map a modality, which is one map of them side by side; one that
+    is missing adds nothing.
+    """
 
     task: Task = "classification"
 
@@ -113,13 +134,16 @@ class ClassificationHead(Head):
                 f"a classification model of {classes} classes", "set the option classes to 2 or more"
             )
         self.classes = classes
-        self.fuse = nn.Linear(len(widths) * embedding, embedding)
+        self.fuse = nn.ModuleDict({name: nn.Linear(embedding, embedding, bias=False) for name in widths})
+        self.bias = nn.Parameter(torch.zeros(embedding))
         self.classify = nn.Linear(embedding, classes)
 
     def logits(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Embeddings float32 [B, embedding] of every modality -> float32 [B, classes]."""
-        joined = torch.cat([embeddings[name] for name in self.modalities], dim=1)
-        logits: Tensor = self.classify(nn.functional.gelu(self.fuse(joined)))
+        hidden = self.bias
+        for name in self.modalities:
+            hidden = hidden + self.fuse[name](embeddings[name])
+        logits: Tensor = self.classify(nn.functional.gelu(hidden))
         return logits
 
     def loss(self, embeddings: Mapping[str, Tensor], label: Tensor | None = None, /) -> Tensor:
@@ -128,3 +152,12 @@ class ClassificationHead(Head):
         logits = self.logits(embeddings)
         chosen = logits.gather(1, label[:, None])
         return (torch.logsumexp(logits, dim=1, keepdim=True) - chosen).mean()
+
+
+def make_head(task: Task, widths: Mapping[str, int], embedding: int, classes: int) -> Head:
+    """The head of a task. classes: of classification. Raises `UserError` for a task that is none."""
+    if task == "contrastive":
+        return ContrastiveHead(widths, embedding)
+    if task == "classification":
+        return ClassificationHead(widths, embedding, classes)
+    raise UserError(f"there is no task {task!r}", "choose contrastive or classification")

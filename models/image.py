@@ -6,13 +6,12 @@ Next: `models/block.py`.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.block import Block
-from models.encoder import Encoder, Source
+from models.encoder import Encoder, Source, Stem
 from wire.errors import UserError
 from wire.manifest import TensorSpec
 
@@ -73,9 +72,14 @@ def image_encoder(
     width: int,
     heads: int,
     blocks: int,
-    stem: Literal["patch", "conv"] = "patch",
+    stem: Stem = "patch",
+    mean: float = 0.5,
+    std: float = 0.5,
 ) -> Encoder:
-    """A ViT for RGB images of `size` x `size` pixels. Raises `UserError` for sizes that do not divide."""
+    """A ViT for RGB images of `size` x `size` pixels. Raises `UserError` for sizes that do not divide.
+
+    mean, std: of values from 0 to 1; as they are, pixels go from -1 to 1.
+    """
     if stem not in ("patch", "conv"):
         raise UserError(f"there is no stem {stem!r}", "choose patch or conv")
     if patch < 1 or size % patch:
@@ -93,6 +97,6 @@ def image_encoder(
             kind="image",
             raw=TensorSpec((3, size, size), "float32"),
             features=TensorSpec(((size // patch) ** 2, width), "float32"),
-            options={"size": size, "mean": 0.5, "std": 0.5},  # pixels from -1 to 1
+            options={"size": size, "mean": mean, "std": std},
         ),
     )

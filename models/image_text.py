@@ -5,23 +5,22 @@ Next: `models/registry.py`, the presets' sizes.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from models.block import initialise
-from models.heads import ClassificationHead, ContrastiveHead, Head
+from models.encoder import Stem
+from models.heads import make_head
 from models.image import image_encoder
 from models.model import Model
 from models.text import text_encoder
-from wire.errors import UserError
+from wire.manifest import Task
 
 
 def image_text(
     *,
-    task: Literal["contrastive", "classification"] = "contrastive",
+    task: Task = "contrastive",
     classes: int = 0,
     size: int = 32,
     patch: int = 4,
-    stem: Literal["patch", "conv"] = "patch",
+    stem: Stem = "patch",
     width: int = 128,
     heads: int = 4,
     image_blocks: int = 4,
@@ -43,14 +42,6 @@ def image_text(
             vocabulary=vocabulary, length=length, width=width, heads=heads, blocks=text_blocks
         ),
     }
-    widths = dict.fromkeys(encoders, width)
-    head: Head
-    if task == "contrastive":
-        head = ContrastiveHead(widths, embedding)
-    elif task == "classification":
-        head = ClassificationHead(widths, embedding, classes)
-    else:
-        raise UserError(f"there is no task {task!r}", "choose contrastive or classification")
-    model = Model(encoders, head)
+    model = Model(encoders, make_head(task, dict.fromkeys(encoders, width), embedding, classes))
     initialise(model)
     return model

@@ -1,7 +1,8 @@
 """A model: one encoder per modality, a head, and the names of its parameter groups.
 
 Rules: torch names begin with the modality (`image.stem.*`, `image.blocks.3.*`) or with `head`; their group
-is `image.stem`, `image.block.3` or `head`. The order of groups and of parameters is the module's own.
+is `image.stem`, `image.block.3`, `head.image` for what the head has for images alone, or `head`. The order
+of groups and of parameters is the module's own.
 
 Next: `models/registry.py`, which builds models by name; `export/stage.py`, which cuts them.
 """
@@ -88,8 +89,10 @@ class Model(nn.Module):
 def group_of(name: str) -> str:
     """The parameter group of a torch name."""
     parts = name.split(".")
-    if parts[0] == "head":
-        return "head"
+    if (
+        parts[0] == "head"
+    ):  # what is one modality's lies in a ModuleDict: head.<what>.<modality>.<parameter>
+        return f"head.{parts[2]}" if len(parts) > 3 else "head"
     return f"{parts[0]}.stem" if parts[1] == "stem" else f"{parts[0]}.block.{parts[2]}"
 
 

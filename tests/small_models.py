@@ -10,11 +10,13 @@ import torch
 
 from export.bundle import Exported, export_bundle
 from export.schedules import SCHEDULES
+from models.audio import audio_encoder
 from models.block import initialise
-from models.heads import ContrastiveHead
+from models.heads import ContrastiveHead, make_head
 from models.image import image_encoder
 from models.model import Model
 from models.registry import build
+from models.series import series_encoder
 from models.text import text_encoder
 from wire.manifest import AdamW
 
@@ -56,6 +58,19 @@ def three(*, width: int, blocks: int = 2) -> Model:
     return model
 
 
+def sounds_and_motions() -> Model:
+    """A series by convolutions and a sound by patches, both masked."""
+    common = {"length": 12, "patch": 3, "width": 16, "heads": 2, "blocks": 2}
+    encoders = {
+        "watch": series_encoder(channels=3, stem="conv", **common),
+        "audio": audio_encoder(rate_hz=8000, mels=5, window_ms=25, hop_ms=10, **common),
+    }
+    head = make_head("classification", dict.fromkeys(encoders, 16), 8, len(CLASSES))
+    model = Model(encoders, head)
+    initialise(model)
+    return model
+
+
 def not_a_model() -> str:
     return "nothing"
 
@@ -70,6 +85,7 @@ def bundle(
     runtimes: Any = None,
     force: bool = False,
     micro_batch_size: int = 0,
+    missing_modalities: bool = False,
     **options: Any,
 ) -> Exported:
     plan = SCHEDULES[schedule](model.depths, 2, **options)
@@ -82,6 +98,7 @@ def bundle(
         optimizer=optimizer,
         engines=engines,
         micro_batch_sizes=[micro_batch_size] * len(plan.stages),
+        missing_modalities=missing_modalities,
         runtimes=runtimes,
         force=force,
     )

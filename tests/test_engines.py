@@ -495,6 +495,35 @@ from onnxruntime.training import artifacts
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    torch.manual_seed(0)
+    model, folder = build("small_models:sounds_and_motions"), tmp_path_factory.mktemp("sounds") / "b"
+    return Case(model, bundle(model, folder, engines=tuple(ENGINES)), folder, "layerwise")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_encoders_of_sounds_and_motions_train(sounds, engine, stage):
+    batches = sounds.batches(stage)
+    losses, after = sounds.torch_steps(stage, batches)
+    with sounds.open(engine, stage) as opened:
+        opened.load(sounds.values)
+        assert_follows(opened, batches, losses, after)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_encoders_of_sounds_and_motions_have_their_features(sounds, engine):
+    batch = sounds.batches(0)[0]
+    for name, graph in sounds.manifest.stages[0].segments.items():
+        inputs = [batch[key] for key in graph.inputs]
+        with torch.no_grad():
+            expected = sounds.cuts[0].segments[name](*inputs).numpy()
+        run = engines.open_graph(engine, sounds.folder.joinpath, graph)
+        found = run(arrays(dict(zip(graph.inputs, inputs, strict=True))), sounds.values)
+        np.testing.assert_allclose(found[graph.outputs[0]], expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_preset_tiny_trains(engine, tmp_path):
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import torch
 from small_models import CLASSES, TEXTS, arrays, bundle, small, three, values_of
 
 import edge_client.engines as engines
-from edge_client.engines import ONNX, open_graph
+from edge_client.engines import ENGINES, ONNX, open_graph
 from export import parity
 from export.bundle import export_bundle
 from export.parity import ParityError, input_limits
@@ -25,6 +25,7 @@ from models.model import LABEL
 from models.registry import build
 from wire.errors import UserError
 from wire.manifest import MANIFEST_NAME, BlobRef, decode_manifest
+from wire.parts import with_modalities
 from wire.tensors import unpack_file
 
 TASKS = ("contrastive", "classification")
@@ -200,6 +201,45 @@ def test_the_check_reports_and_is_tight(tmp_path):
     assert report.output_error < 1e-5
     assert "follows torch on onnx, ort-training" in str(report)
     assert "\n" not in str(report)
+
+
+def test_train_steps_for_clients_that_lack_a_modality(tmp_path):
+    model = small("classification", image_blocks=2, text_blocks=1)
+    done = bundle(model, tmp_path / "bundle", runtimes=engines, engines=ENGINES, missing_modalities=True)
+    assert done.parity is not None  # every one follows torch on every engine
+    whole = done.manifest
+    assert with_modalities(whole, ("image", "text")) is whole
+    image, text = with_modalities(whole, ("image",)), with_modalities(whole, ("text",))
+    assert image is not None
+    assert text is not None
+    assert [stage.trainable for stage in image.stages] == [
+        ("image.stem", "image.block.0", "head", "head.image"),
+        ("image.block.1", "head", "head.image"),
+    ]
+    assert [set(stage.inputs) for stage in image.stages] == [{"image", "label"}] * 2
+    assert [stage.trainable for stage in text.stages][1] == ("head", "head.text")
+    assert [set(stage.inputs) for stage in text.stages] == [{"text", "text_mask", "label"}] * 2
+    assert list(text.modalities) == ["text"]
+    for stage in (*image.stages, *text.stages):
+        trained = {whole.parameters[name].group for name in stage.parameters.values()}
+        assert trained == set(stage.trainable)
+
+
+def test_in_micro_batches_too(tmp_path):
+    model = small("classification", image_blocks=1, text_blocks=1)
+    bundle(model, tmp_path / "bundle", runtimes=engines, micro_batch_size=2, missing_modalities=True)
+
+
+def test_a_contrastive_loss_of_three_does_with_two(tmp_path):
+    torch.manual_seed(0)
+    model = build("small_models:three", width=16, blocks=1)
+    done = bundle(model, tmp_path / "bundle", runtimes=engines, missing_modalities=True)
+    (stage,) = done.manifest.stages
+    pairs = [("left", "right"), ("left", "text"), ("right", "text")]
+    assert [partial.modalities for partial in stage.partials] == pairs
+    assert with_modalities(done.manifest, ("left",)) is None
+    with pytest.raises(UserError, match="a contrastive loss of image and text needs all of them"):
+        bundle(small(), tmp_path / "other", missing_modalities=True)
 
 
 def test_three_modalities_and_several_blocks_a_stage(tmp_path):

@@ -9,7 +9,8 @@ from small_models import small, three
 from export.parity import input_limits
 from export.stage import example
 from models.model import group_of, parameter_groups
-from models.registry import PRESETS, build
+from models.registry import PRESETS, build, full_options
+from models.series import KERNEL, series_encoder
 from wire.errors import UserError
 
 
@@ -20,7 +21,7 @@ def batch_of(model, size, seed=0):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_builds_and_says_how_to_build_it_again(name):
     model = build(name)
-    assert model.builder == "models.image_text:image_text"
+    assert model.builder == PRESETS[name][0]
     again = build(model.builder, **model.builder_options)
     assert {n: p.shape for n, p in again.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()
@@ -49,6 +50,8 @@ def test_groups_follow_the_modules():
         "text.block.0",
         "text.block.1",
         "head",
+        "head.image",
+        "head.text",
     ]
     assert all(group_of(name) == group for group, names in groups.items() for name in names)
     assert [n for names in groups.values() for n in names] == [n for n, _ in small().named_parameters()]
@@ -171,6 +174,19 @@ def test_a_users_own_builder():
         ("tiny", {"heads": 3}, "do not divide"),
         ("tiny", {"task": "regression"}, "no task"),
         ("tiny", {"task": "classification"}, "0 classes"),
+        ("digits", {"task": "regression"}, "no task"),
+        ("digits", {"series_patch": 3}, "do not tile a length of 32"),
+        ("digits", {"series_stem": "fir"}, "no stem 'fir'"),
+        ("digits", {"series_std": [1.0, 2.0]}, "2 values for 13 channels"),
+        ("digits", {"series": "head"}, "cannot name a modality"),
+        ("watch", {"sensors": []}, "of the sensors []"),
+        ("watch", {"sensors": ["a", "a"]}, "of the sensors"),
+        ("watch", {"stds": [1.0]}, "1 stds of 2 sensors"),
+        ("watch", {"heads": 5}, "do not divide"),
+        ("watch", {"channels": 0}, "0 channels"),
+        ("image-audio", {"hop_ms": 30}, "every 30 ms"),
+        ("image-audio", {"rate_hz": 0}, "at 0 Hz"),
+        ("image-audio", {"audio_patch": 7}, "do not tile a length of 200"),
     ],
 )
 def test_what_cannot_be_built_is_said_in_one_line(name, options, says):
@@ -207,3 +223,64 @@ def test_a_conv_stem_has_the_grid_of_the_patches(patch):
 def test_a_stem_that_cannot_be(stem, patch, told):
     with pytest.raises(UserError, match=told):
         build("models.image_text:image_text", size=12, patch=patch, stem=stem, width=16, heads=2)
+
+
+def sounds_and_motions():
+    torch.manual_seed(0)
+    return build("small_models:sounds_and_motions")
+
+
+def test_padding_of_a_series_changes_nothing():
+    model = sounds_and_motions().eval()
+    batch = batch_of(model, 5)
+    for name, reach in (("audio", 0), ("watch", 2 * (KERNEL // 2))):  # convolutions look into the padding
+        batch[f"{name}_mask"][:] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+        before = model(batch)
+        batch[name][:, 6 + reach :] += 1
+        assert torch.equal(model(batch), before)
+        batch[name][:, :6] += 1
+        assert not torch.equal(model(batch), before)
+
+
+def test_a_token_of_patches_is_a_moment_of_all_channels():
+    stem = sounds_and_motions().audio.stem
+    series = torch.randn((2, 12, 5), generator=torch.Generator().manual_seed(0))
+    before = stem(series)
+    series[:, 7, 3] += 1
+    assert (stem(series) != before).any(dim=2).any(dim=0).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4, 5, 6, 8, 12])
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_a_series_has_a_token_a_patch(stem, patch):
+    encoder = series_encoder(
+        length=120, channels=3, patch=patch, width=8, heads=2, blocks=1, stem=stem, masked=False
+    )
+    features = encoder.stem(torch.randn((2, 120, 3)))
+    assert features.shape == (2, 120 // patch, 8)
+    assert features.shape[1:] == encoder.source.features.shape
+
+
+def test_a_token_of_convolutions_is_centred_on_its_patch():
+    encoder = series_encoder(length=40, channels=2, patch=4, width=8, heads=2, blocks=1, stem="conv")
+    series = torch.zeros((1, 40, 2), requires_grad=True)
+    encoder.stem(series)[0, 5].sum().backward()
+    seen = series.grad[0].abs().sum(dim=1).nonzero().flatten()
+    assert seen[0] <= 20
+    assert seen[-1] >= 23
+    assert abs((seen[0] + seen[-1]) / 2 - 21.5) <= 1
+
+
+def test_a_sensor_is_normalised_by_its_own_deviation():
+    modalities = build("watch", sensors=["wrist", "ankle"], stds=[2.0, 3]).modalities
+    assert [modalities[name].options["std"] for name in ("wrist", "ankle")] == [2.0, 3.0]
+    assert modalities["wrist"].inputs.keys() == {"wrist"}
+    masked = build("watch", masked=True).modalities["gyroscope"].inputs
+    assert masked["gyroscope_mask"].shape == (masked["gyroscope"].shape[0] // 5,)
+
+
+def test_every_option_of_a_preset_is_told():
+    options = full_options("watch", classes=3)
+    assert (options["task"], options["classes"], options["length"]) == ("classification", 3, 100)
+    assert full_options("tiny")["task"] == "contrastive"
+    assert options == build("watch", classes=3).builder_options

@@ -3,10 +3,11 @@
 Rules:
 - The receiver leads. It asks for a window of chunks, for more as they come in, and again for what has not
   come after a while. So a slow device is never flooded, the broker's queues stay short, and whatever is
-  lost on either side is asked for once more.
+  lost on either side is asked for once more. What waits to be read may be what it would ask for, so it
+  reads first.
 - What has come of a blob stays on disk, so a fetch that was broken off goes on where it was.
-- A sender sends only what was `offer`ed. A chunk that several peers want at the same time goes out once,
-  to the topic that all of them read.
+- A sender sends only what was `offer`ed. A chunk goes out once to all who fetch its blob, and again only to
+  who asks again.
 - At most `SENDING` packets wait for the broker's acknowledgement.
 
 Next: `wire/transfer.py`, the bookkeeping; `wire/mqtt.py`, the connection.
@@ -41,11 +42,15 @@ log = logging.getLogger(__name__)
 Ask = Callable[[Want], Awaitable[None]]
 
 
-class Publisher(Protocol):
+class Line(Protocol):
     """What is needed of a connection."""
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """Return once the broker has it."""
+        ...
+
+    async def caught_up(self) -> None:
+        """Return once what has come so far is read."""
         ...
 
 
@@ -69,16 +74,16 @@ class _Incoming:
 class Exchange:
     """One side's transfers.
 
-    chunk_bytes: the run's. topic: (blob, the peers that want it) -> where to publish a chunk.
+    chunk_bytes: the run's. topic: (blob, a peer or None for all that fetch it) -> where a chunk goes.
     stall_s: after so long without a chunk, a receiver asks again; each time it waits twice as long.
     """
 
     def __init__(
         self,
-        connection: Publisher,
+        connection: Line,
         store: Store,
         chunk_bytes: int,
-        topic: Callable[[BlobRef, frozenset[str]], str],
+        topic: Callable[[BlobRef, str | None], str],
         *,
         stall_s: float = STALL_S,
     ) -> None:
@@ -146,6 +151,7 @@ class Exchange:
             try:
                 while not missing.complete:
                     incoming.came.clear()
+                    await self._connection.caught_up()
                     if ranges := missing.ask():
                         await ask(Want(ref, ranges))
                     begin_s = clock()
@@ -178,11 +184,11 @@ class Exchange:
             if item is None:
                 self._owing.clear()
                 continue
-            ref, index, peers = item
+            ref, index, peer = item
             path = self._offered.get(ref)
             if path is not None:
                 packet = encode_chunk(ref, index, _read(path, *extent(ref, index, self._chunk_bytes)))
-                await self._connection.publish(self._topic(ref, peers), packet)
+                await self._connection.publish(self._topic(ref, peer), packet)
 
 
 def _read(path: Path, offset: int, length: int) -> bytes:

@@ -26,7 +26,7 @@ import msgspec
 
 from wire.errors import UNDECODABLE, Malformed, PeerError, TooLarge, UserError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
@@ -133,6 +133,16 @@ class Graph(msgspec.Struct, frozen=True):
     program: str | None = None
 
 
+class Partial(msgspec.Struct, frozen=True):
+    """A stage's train step for a client that has only these `modalities`; other fields as of `Stage`."""
+
+    modalities: tuple[str, ...]
+    trainable: tuple[str, ...]
+    inputs: dict[str, TensorSpec]
+    parameters: dict[str, str]
+    engines: dict[str, dict[str, str]]
+
+
 class Stage(msgspec.Struct, frozen=True):
     """One entry of the schedule.
 
@@ -148,8 +158,9 @@ class Stage(msgspec.Struct, frozen=True):
     classifier: for classification, embeddings of all modalities -> `logits` float32 [B, C].
     micro_batch_size: the most examples that a train step runs the network on at a time; the step is that
         of the whole batch all the same. 0: all of the batch.
-    expected_peak_bytes: what a client's process was expected to need when the bundle was made for a budget,
-        with the engine that needs most; 0: there was none.
+    expected_peak_bytes: what a client's process is expected to need with the engine that needs most; 0:
+        unknown.
+    partials: for clients that lack a modality; empty: a client has to have them all.
     """
 
     trainable: tuple[str, ...]
@@ -164,6 +175,12 @@ class Stage(msgspec.Struct, frozen=True):
     classifier: Graph | None = None
     micro_batch_size: Annotated[int, msgspec.Meta(ge=0, le=2**16)] = 0
     expected_peak_bytes: Count = 0
+    partials: tuple[Partial, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Stage | Partial, ...]:
+        """The train step, and those of parts of it."""
+        return (self, *self.partials)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -230,13 +247,19 @@ class Manifest(msgspec.Struct, frozen=True):
             if stage.micro_batch_size > self.max_batch_size:
                 raise ValueError("a micro-batch is larger than the largest batch")
             steps = self.task if stage.micro_batch_size else WHOLE
-            for engine, files in stage.engines.items():
-                if engine in ROLES and files.keys() != ROLES[engine][steps]:
-                    raise ValueError(f"a stage has not the files of an engine {engine!r}")
+            for step in stage.steps:
+                for engine, files in step.engines.items():
+                    if engine in ROLES and files.keys() != ROLES[engine][steps]:
+                        raise ValueError(f"a stage has not the files of an engine {engine!r}")
+                if step.engines.keys() != self.stages[0].engines.keys():
+                    raise ValueError("a stage has files for other engines than the first")
+            for partial in stage.partials:
+                if not set(partial.modalities) < self.modalities.keys():
+                    raise ValueError(f"{partial.modalities} are not some of the modalities")
+                if not set(partial.trainable) <= set(stage.trainable):
+                    raise ValueError("a part of a stage trains what the stage does not")
             if "executorch" in stage.engines and not all(one.program for one in stage.segments.values()):
                 raise ValueError("a segment has no program for the engine executorch")
-            if stage.engines.keys() != self.stages[0].engines.keys():
-                raise ValueError("a stage has files for other engines than the first")
             for group, source in stage.warm_start.items():
                 if list(self.shapes_of((group,)).values()) != list(self.shapes_of((source,)).values()):
                     raise ValueError(f"{group!r} cannot start from {source!r}, which has other shapes")
@@ -248,8 +271,9 @@ class Manifest(msgspec.Struct, frozen=True):
             if isinstance(tokenizer, str):
                 yield tokenizer
         for stage in self.stages:
-            for roles in stage.engines.values():
-                yield from roles.values()
+            for step in stage.steps:
+                for roles in step.engines.values():
+                    yield from roles.values()
             for graph in stage.graphs:
                 yield graph.file
                 if graph.program is not None:
@@ -257,7 +281,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def _named_parameters(self) -> Iterator[str]:
         for stage in self.stages:
-            yield from stage.parameters.values()
+            for step in stage.steps:
+                yield from step.parameters.values()
             for graph in stage.graphs:
                 yield from graph.parameters.values()
 

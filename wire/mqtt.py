@@ -215,6 +215,8 @@ class Connection:
         self._published: dict[int, asyncio.Future[str]] = {}  # by message id; why it was refused, or empty
         self._subscribed: dict[int, asyncio.Future[str]] = {}  # likewise
         self._packets: asyncio.Queue[Packet] = asyncio.Queue(MAX_WAITING)
+        self._num_come = self._num_read = 0
+        self._read = asyncio.Event()
         self._window = asyncio.Semaphore(WINDOW)
         self._connected = asyncio.Event()  # set, and replaced, at every connect
         self._state: Literal["trying", "up", "refused"] = "trying"
@@ -302,7 +304,18 @@ class Connection:
 
     async def packet(self) -> Packet:
         """The next message that comes in on the subscriptions."""
-        return await self._packets.get()
+        packet = await self._packets.get()
+        self._num_read += 1
+        self._read.set()
+        return packet
+
+    async def caught_up(self) -> None:
+        """Return once `packet` has given out all messages that have come so far."""
+        await asyncio.sleep(0)  # some may be on their way from the network's thread
+        last = self._num_come
+        while self._num_read < last:
+            self._read.clear()
+            await self._read.wait()
 
     async def until_reconnected(self, timeout_s: float) -> bool:
         """Wait for the next reconnect, at most so long; whether there was one."""
@@ -417,6 +430,7 @@ class Connection:
             return
         try:
             self._packets.put_nowait(packet)
+            self._num_come += 1
         except asyncio.QueueFull:
             self.num_dropped += 1
             if self.num_dropped.bit_count() == 1:  # 1, 2, 4, 8, ...: a flood must not flood the log

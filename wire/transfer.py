@@ -24,6 +24,7 @@ from wire.manifest import BlobRef
 CHUNK_BYTES = 120 << 10  # of a packet; managed brokers end at 128 KB
 MIN_CHUNK_BYTES = 1 << 10
 MAX_CHUNK_BYTES = 1 << 20
+MANY = 0.25  # of those who wait for a blob, from which on a chunk is sent to all of them at once
 
 _HEADER = struct.Struct(">8sIII")
 
@@ -135,6 +136,7 @@ class Owed:
 
     def __init__(self) -> None:
         self._owed: dict[BlobRef, dict[int, set[str]]] = {}
+        self._sent: dict[BlobRef, set[int]] = {}
 
     def add(self, peer: str, ref: BlobRef, ranges: Ranges, chunk_bytes: int) -> None:
         """`peer` asks for these. Raises `Malformed` for ranges that the blob does not have."""
@@ -150,19 +152,30 @@ class Owed:
             for index in range(first, end):
                 chunks.setdefault(index, set()).add(peer)
 
-    def next(self) -> tuple[BlobRef, int, frozenset[str]] | None:
-        """The next chunk to send and the peers that want it; it is owed no longer."""
+    def next(self) -> tuple[BlobRef, int, str | None] | None:
+        """The next chunk to send, and to whom; it is owed no longer to them.
+
+        None: to all who fetch the blob. That is so the first time, for who has not asked yet will, and when
+        many of those who wait for something of it want it again; else it goes to one of them.
+        """
         for ref, chunks in self._owed.items():
             index, peers = next(iter(chunks.items()))
-            del chunks[index]
+            sent = self._sent.setdefault(ref, set())
+            many = len(peers) > 1 and len(peers) >= MANY * len(set().union(*chunks.values()))
+            peer = None if many or index not in sent else min(peers)
+            sent.add(index)
+            peers -= set(peers) if peer is None else {peer}
+            if not peers:
+                del chunks[index]
             if not chunks:
                 del self._owed[ref]
-            return ref, index, frozenset(peers)
+            return ref, index, peer
         return None
 
     def drop(self, ref: BlobRef) -> None:
         """Nobody gets the rest of it."""
         self._owed.pop(ref, None)
+        self._sent.pop(ref, None)
 
 
 def as_ranges(indices: Sequence[int] | Iterable[int]) -> Ranges:

@@ -3,15 +3,16 @@
 Rules: nothing heavy is imported before a command runs. What a program may read goes to standard output,
 progress to standard error.
 
-Next: `lamina/data/emoji.py`; a further data set is a file beside it and a command here.
+Next: `lamina/data/emoji.py`, `digits.py` and `watch.py`; a further data set is a file beside them, a
+command here and a line in `lamina/data/sets.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,9 +20,11 @@ from lamina.options import end_with_parent
 from wire.errors import UserError
 
 if TYPE_CHECKING:
-    from lamina.data.emoji import Partition
     from lamina.data.folder import Prepared
+    from lamina.data.partition import Partition
     from lamina.data.registry import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group("data", short_help="Prepare data sets.")
@@ -35,42 +38,109 @@ def prepare() -> None:
     end_with_parent()
 
 
+def division(clients: int, partitions: Sequence[Partition], text: str, out: str) -> Callable[[F], F]:
+    """What all data sets are asked: who gets what, and where it goes. partitions: the default first."""
+
+    def add(function: F) -> F:
+        for option in reversed(
+            (
+                click.option(
+                    "--clients",
+                    type=click.IntRange(min=1),
+                    default=clients,
+                    show_default=True,
+                    help="Number of clients.",
+                ),
+                click.option(
+                    "--partition",
+                    type=click.Choice(partitions),
+                    default=partitions[0],
+                    show_default=True,
+                    help=text,
+                ),
+                click.option(
+                    "--alpha",
+                    default=0.5,
+                    show_default=True,
+                    help="Of Dir(alpha): the smaller, the more skewed.",
+                ),
+                click.option(
+                    "--missing-modality",
+                    default=0.0,
+                    show_default=True,
+                    metavar="SHARE",
+                    help="The share of the clients, 0 to 1, whose examples lack one modality.",
+                ),
+                click.option(
+                    "--seed",
+                    default=0,
+                    show_default=True,
+                    help="Of the partition and of who lacks what; hold-outs never change.",
+                ),
+                click.option(
+                    "--out",
+                    type=click.Path(path_type=Path, file_okay=False),
+                    default=Path(out),
+                    show_default=True,
+                    help="The folder to write.",
+                ),
+                click.option("--json", "as_json", is_flag=True, help="Print the inventory as JSON."),
+            )
+        ):
+            function = option(function)
+        return function
+
+    return add
+
+
 @prepare.command()
-@click.option(
-    "--clients", type=click.IntRange(min=1), default=7, show_default=True, help="Number of clients."
+@division(
+    7,
+    ("natural", "iid", "dirichlet"),
+    "A drawing style each; at random; or skewed by label.",
+    "data/emoji",
 )
-@click.option(
-    "--partition",
-    type=click.Choice(["natural", "iid", "dirichlet"]),
-    default="natural",
-    show_default=True,
-    help="A drawing style each; at random; or skewed by label.",
-)
-@click.option(
-    "--alpha", default=0.5, show_default=True, help="Of Dir(alpha): the smaller, the more skewed."
-)
-@click.option("--seed", default=0, show_default=True, help="Of the partition; hold-outs never change.")
 @click.option("--size", "size_px", default=64, show_default=True, help="Pixels of a picture's side.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("data/emoji"),
-    show_default=True,
-    help="The folder to write.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the inventory as JSON.")
-def emoji(
-    clients: int, partition: Partition, alpha: float, seed: int, size_px: int, out: Path, as_json: bool
-) -> None:
+def emoji(out: Path, *, as_json: bool, **arguments: Any) -> None:
     """Emoji in up to seven drawing styles, with their names: image-text pairs, 17 MB to download."""
     from lamina.data.emoji import prepare_emoji
 
     with progress_bar() as progress:
-        prepared = prepare_emoji(out, clients, partition, alpha, seed, size_px, progress)
-    if as_json:
-        click.echo((prepared.folder / "dataset.json").read_text(encoding="utf-8"))
-    else:
-        show(prepared)
+        prepared = prepare_emoji(out, **arguments, progress=progress)
+    tell(prepared, as_json=as_json)
+
+
+@prepare.command()
+@division(
+    10,
+    ("dirichlet", "iid"),
+    "Skewed by digit, or at random: no recording tells its speaker.",
+    "data/digits",
+)
+@click.option("--examples", default=2000, show_default=True, help="To train on: at most 2000.")
+def digits(out: Path, *, as_json: bool, **arguments: Any) -> None:
+    """Digits, written and spoken, both with noise: image-audio classification, 9 MB to download."""
+    from lamina.data.digits import prepare_digits
+
+    with progress_bar() as progress:
+        prepared = prepare_digits(out, **arguments, progress=progress)
+    tell(prepared, as_json=as_json)
+
+
+@prepare.command()
+@division(
+    8, ("natural", "iid", "dirichlet"), "A person each; at random; or skewed by exercise.", "data/watch"
+)
+@click.option(
+    "--fold", type=click.IntRange(0, 4), default=0, show_default=True, help="Which two people are held out."
+)
+def watch(out: Path, *, as_json: bool, **arguments: Any) -> None:
+    """Exercises on a smartwatch, two sensors: motion classification, 11 MB to download."""
+    from lamina.data.watch import prepare_watch
+
+    with progress_bar() as progress:
+        prepared = prepare_watch(out, **arguments, progress=progress)
+    tell(prepared, as_json=as_json)
 
 
 @contextmanager
@@ -93,17 +163,22 @@ def progress_bar() -> Iterator[Progress]:
         yield update
 
 
-def show(prepared: Prepared) -> None:
-    """What was prepared and whom it comes from, as tables."""
+def tell(prepared: Prepared, *, as_json: bool) -> None:
+    """What was prepared and whom it comes from: the inventory, or tables."""
+    if as_json:
+        click.echo((prepared.folder / "dataset.json").read_text(encoding="utf-8"))
+        return
     from rich.console import Console
     from rich.table import Column, Table
 
     inventory, console = prepared.inventory, Console()
-    counts = Table("folder", "examples")
+    lacking = inventory.lacking
+    counts = Table("folder", "examples", *(["lacks"] if lacking else []))
     for client, count in inventory.clients.items():
-        counts.add_row(f"clients/{client}", str(count))
+        counts.add_row(f"clients/{client}", str(count), *([lacking.get(client, "")] if lacking else []))
     for folder, groups in inventory.held_out.items():
-        counts.add_row(folder, f"{sum(groups.values())} in {len(groups)} groups")
+        of_groups = f" in {len(groups)} groups" if len(groups) > 1 else ""
+        counts.add_row(folder, f"{sum(groups.values())}{of_groups}")
     sources = Table(*(Column(name, overflow="fold") for name in ("source", "license", "by")))
     for package in inventory.sources:
         sources.add_row(str(package), package.license, package.credit)

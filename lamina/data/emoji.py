@@ -14,24 +14,22 @@ Next: `lamina/data/partition.py` for the clients, `lamina/data/folder.py` for wh
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from lamina.data.emoji_sources import NAMES, STYLES, Concept, Style, read_concepts, render
 from lamina.data.folder import Prepared, Row, find, write
-from lamina.data.partition import by_group, dirichlet, iid
+from lamina.data.missing import lacking, missing_argument
+from lamina.data.partition import Partition, deal, lot
 from lamina.data.registry import Progress, fetch
 from wire.errors import UserError
 
-Partition = Literal["natural", "iid", "dirichlet"]
-
+MODALITIES = ("image", "text")
 HELD_OUT_FAMILIES = 0.2
 HELD_OUT_RENDERINGS = 0.1
 _EMPTY_SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
@@ -66,11 +64,14 @@ def prepare_emoji(
     seed: int = 0,
     size_px: int = 64,
     progress: Progress = lambda _what, _done, _of: None,
+    *,
+    missing_modality: float = 0.0,
 ) -> Prepared:
     """Write `out`, or find it ready. The columns are image, text, label and group (the style).
 
     partition: `natural`, a style each, and for more clients than styles a style divided by Dir(alpha)
     over the labels; `iid`, at random; `dirichlet`, Dir(alpha) over the labels.
+    missing_modality: the share of clients that lack the picture or the text (`lamina/data/missing.py`).
     Raises `UserError` for arguments out of range, `out` in use, or packages that cannot be had.
     """
     if clients < 1 or not 8 <= size_px <= 512:
@@ -79,12 +80,13 @@ def prepare_emoji(
         )
     packages = dict(list(STYLES.items())[:clients])
     sources = (*packages.values(), NAMES)
-    arguments = {
+    arguments: dict[str, int | float | str] = {
         "clients": clients,
         "partition": partition,
         "alpha": float(alpha),
         "seed": seed,
         "size_px": size_px,
+        **missing_argument(missing_modality),
     }
     if ready := find(out, "emoji", arguments, sources):
         return ready
@@ -92,15 +94,17 @@ def prepare_emoji(
     concepts = read_concepts(archives[NAMES.name])
     styles = {name: Style(archives[package.name], concepts) for name, package in packages.items()}
     training, held_out = _split(_draw(styles, concepts, size_px, progress))
-    dealt = _deal(training, clients, partition, alpha, np.random.default_rng(seed))
+    labels, in_style = [p.concept.group for p in training], [p.style for p in training]
+    dealt = deal(labels, in_style, clients, partition, alpha, np.random.default_rng(seed))
     return write(
         out,
         "emoji",
         arguments,
         sources,
-        {name: [picture.row() for picture in pictures] for name, pictures in dealt.items()},
+        {name: [training[index].row() for index in indices] for name, indices in dealt.items()},
         {name: [picture.row() for picture in pictures] for name, pictures in held_out.items() if pictures},
         _CHANGES.format(size_px=size_px),
+        lacking(list(dealt), MODALITIES, missing_modality, seed),
     )
 
 
@@ -141,45 +145,16 @@ def _split(pictures: Sequence[_Picture]) -> tuple[list[_Picture], dict[str, list
     holdout: list[_Picture] = []
     known: list[_Picture] = []
     for picture in pictures:
-        unseen = _lot("family", family(picture.concept.label)) < HELD_OUT_FAMILIES
+        unseen = lot("family", family(picture.concept.label)) < HELD_OUT_FAMILIES
         (holdout if unseen else known).append(picture)
     left = Counter(p.concept.hexcode for p in known)
     training: list[_Picture] = []
     renderings: list[_Picture] = []
     for picture in known:
         hexcode = picture.concept.hexcode
-        if left[hexcode] > 1 and _lot(picture.style, hexcode) < HELD_OUT_RENDERINGS:
+        if left[hexcode] > 1 and lot(picture.style, hexcode) < HELD_OUT_RENDERINGS:
             left[hexcode] -= 1
             renderings.append(picture)
         else:
             training.append(picture)
     return training, {"holdout": holdout, "renderings": renderings}
-
-
-def _lot(kind: str, name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
-    return int.from_bytes(hashlib.sha256(f"{kind}/{name}".encode()).digest()[:6], "big") / 2**48
-
-
-def _deal(
-    training: Sequence[_Picture], clients: int, partition: Partition, alpha: float, rng: np.random.Generator
-) -> dict[str, list[_Picture]]:
-    """Client -> its pictures. Clients of the natural partition are called after their style."""
-    labels = [picture.concept.group for picture in training]
-    if partition == "natural":
-        parts = by_group([picture.style for picture in training], labels, clients, alpha, rng)
-        sharing, so_far = Counter(style for style, _ in parts), Counter[str]()
-        dealt = {}
-        for style, indices in parts:
-            so_far[style] += 1
-            name = style if sharing[style] == 1 else f"{style}-{so_far[style]}"
-            dealt[name] = [training[index] for index in indices]
-        return dealt
-    shares = (
-        iid(len(training), clients, rng) if partition == "iid" else dirichlet(labels, clients, alpha, rng)
-    )
-    digits = len(str(clients))
-    return {
-        f"client-{place:0{digits}}": [training[index] for index in share]
-        for place, share in enumerate(shares, 1)
-    }

@@ -14,6 +14,7 @@ Next: `inputs/table.py`, which says how a table is read.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import shutil
 import tempfile
@@ -22,8 +23,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from inputs.dataset import GROUP
 from inputs.table import CSV_NAME
@@ -40,12 +44,18 @@ class Row:
     cells: dict[str, str]
     files: dict[str, bytes]
 
+    def without(self, column: str) -> Row:
+        """The same example with an empty cell there, and not the file that it named."""
+        kept = {path: content for path, content in self.files.items() if path != self.cells[column]}
+        return Row(self.cells | {column: ""}, kept)
+
 
 class Inventory(msgspec.Struct, frozen=True):
     """What a prepared data set is.
 
     arguments: of the preparation. classes: the labels, in the order to give a model.
     clients: client -> number of examples. held_out: folder -> group -> number of examples.
+    lacking: client -> the modality that none of its examples has, of those that lack one.
     """
 
     name: str
@@ -54,6 +64,7 @@ class Inventory(msgspec.Struct, frozen=True):
     clients: dict[str, int]
     held_out: dict[str, dict[str, int]]
     sources: tuple[Package, ...]
+    lacking: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,13 @@ def write(
     clients: Mapping[str, Sequence[Row]],
     held_out: Mapping[str, Sequence[Row]],
     changes: str,
+    lacking: Mapping[str, str],
 ) -> Prepared:
-    """Write it all. `changes`: what was done to the sources' works, which some licenses want told."""
+    """Write it all.
+
+    changes: what was done to the sources' works, which some licenses want told. lacking: client -> the
+    modality whose cells are left empty.
+    """
     everyone = [row for rows in (*clients.values(), *held_out.values()) for row in rows]
     inventory = Inventory(
         name=name,
@@ -107,10 +123,12 @@ def write(
             folder: dict(Counter(row.cells[GROUP] for row in rows)) for folder, rows in held_out.items()
         },
         sources=tuple(sources),
+        lacking=dict(lacking),
     )
     with _appearing(out) as folder:
         for client, rows in clients.items():
-            _write_rows(folder / "clients" / client, rows)
+            left = [row.without(lacking[client]) for row in rows] if client in lacking else rows
+            _write_rows(folder / "clients" / client, left)
         for place, rows in held_out.items():
             _write_rows(folder / place, rows)
         (folder / "LICENSES.md").write_text(_licenses(name, sources, changes), encoding="utf-8")
@@ -136,6 +154,13 @@ def _licenses(name: str, sources: Sequence[Package], changes: str) -> str:
     lines = [f"# Sources of the data set `{name}`", "", "| package | license | by |", "|---|---|---|"]
     lines += [f"| {package} | {package.license} | {package.credit} |" for package in sources]
     return "\n".join([*lines, "", changes, ""])
+
+
+def as_npy(values: npt.NDArray[Any]) -> bytes:
+    """The content of a `.npy` file of float32."""
+    file = io.BytesIO()
+    np.save(file, values.astype(np.float32), allow_pickle=False)
+    return file.getvalue()
 
 
 @contextmanager

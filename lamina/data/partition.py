@@ -4,12 +4,15 @@ Rules: a partition is a list of index arrays, one a client, int64 and ascending;
 one. The same generator state gives the same partition. Where proportions are drawn, a client that comes out
 with fewer than `MIN_EXAMPLES` takes examples at random from whichever client has most.
 
-Next: `lamina/data/emoji.py`, which deals out rows with these.
+Next: `lamina/data/missing.py`, which modality a client lacks; `lamina/data/emoji.py`, a data set.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,39 @@ MIN_EXAMPLES = 10
 _ALPHA = (1e-3, 1e6)
 
 Indices = npt.NDArray[np.int64]
+Partition = Literal["natural", "iid", "dirichlet"]
+
+
+def deal(
+    labels: Sequence[str],
+    groups: Sequence[str],
+    clients: int,
+    partition: Partition,
+    alpha: float,
+    rng: np.random.Generator,
+) -> dict[str, Indices]:
+    """Client -> its examples, by the partition's name.
+
+    Clients of `natural`, one of the `groups` each, are called after it; of the others, `client-1` and on.
+    """
+    if partition == "natural":
+        parts = by_group(groups, labels, clients, alpha, rng)
+        sharing, so_far = Counter(group for group, _ in parts), Counter[str]()
+        dealt = {}
+        for group, indices in parts:
+            so_far[group] += 1
+            dealt[group if sharing[group] == 1 else f"{group}-{so_far[group]}"] = indices
+        return dealt
+    shares = (
+        iid(len(labels), clients, rng) if partition == "iid" else dirichlet(labels, clients, alpha, rng)
+    )
+    digits = len(str(clients))
+    return {f"client-{place:0{digits}}": share for place, share in enumerate(shares, 1)}
+
+
+def lot(kind: str, name: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name: who is held out does not follow a seed."""
+    return int.from_bytes(hashlib.sha256(f"{kind}/{name}".encode()).digest()[:6], "big") / 2**48
 
 
 def iid(num_examples: int, clients: int, rng: np.random.Generator) -> list[Indices]:

@@ -10,7 +10,7 @@ A result is there as a whole or not at all: `wire/files.py`. Next: `lamina/exper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,21 +80,27 @@ class Result(msgspec.Struct, frozen=True):
 def rounds_of(
     events: Sequence[Event],
     groups: Sequence[Sequence[str]],
-    costs: Sequence[StageCost],
+    costs: Mapping[frozenset[str], Sequence[StageCost]],
     settings: Values,
 ) -> tuple[RoundResult, ...]:
-    """Round by round. groups: the clients of each process, the first client alone in the first."""
+    """Round by round. groups: the clients of each process, the first client alone in the first.
+
+    costs: of the stages, by the modalities that a client has.
+    """
     usage = _usage(events)
     examples = examples_of(events)
     clients = [client for group in groups for client in group]
-    flops = {client: _flops(client, usage, examples.get(client, 0), costs, settings) for client in clients}
+    flops = {
+        client: _flops(client, usage, examples[client], costs[has], settings)
+        for client, has in modalities_of(events).items()
+    }
     cpu_s = dict.fromkeys(clients, 0.0)
     sent = received = computed = seconds = 0.0
     peak: float | None = None
     found: list[RoundResult] = []
     for number, closed in enumerate((one for one in events if isinstance(one, RoundClosed)), 1):
         for client in clients:
-            computed += flops[client].get(closed.key, 0.0)
+            computed += flops.get(client, {}).get(closed.key, 0.0)
             for told in usage.get((closed.key, client), {}).values():
                 sent += told.bytes_sent
                 received += told.bytes_received
@@ -123,6 +129,15 @@ def examples_of(events: Sequence[Event]) -> dict[str, int]:
     """Client -> its examples, as it has said."""
     return {
         event.client: max(event.hello.num_examples.values(), default=0)
+        for event in events
+        if isinstance(event, ClientCame)
+    }
+
+
+def modalities_of(events: Sequence[Event]) -> dict[str, frozenset[str]]:
+    """Client -> the modalities that its examples have."""
+    return {
+        event.client: frozenset(event.hello.num_examples)
         for event in events
         if isinstance(event, ClientCame)
     }

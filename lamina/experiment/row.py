@@ -32,6 +32,7 @@ from lamina.experiment.result import (
     by_stage,
     closing,
     examples_of,
+    modalities_of,
     read_result,
     rounds_of,
     write_result,
@@ -69,7 +70,10 @@ async def run_row(
     run = _with_bundle(run, bundle, row.settings)
     record = _Record(note)
     await conduct(run, record)
-    costs = await asyncio.to_thread(stage_costs, bundle, row.settings, run.engines[0])
+    costs = {
+        part: await asyncio.to_thread(stage_costs, bundle, row.settings, run.engines[0], part)
+        for part in set(modalities_of(record.events).values())
+    }
     result = _result(row, run, record.events, rounds_of(record.events, run.groups, costs, row.settings))
     (run.folder / "aggregator" / MODEL).rename(own / MODEL)
     write_result(own / RESULT, result)
@@ -108,6 +112,7 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
         model=settings["model"],
         options=tuple(f"{name}={json.dumps(value)}" for name, value in model_options(settings).items()),
         warm_start=settings["warm_start"],
+        missing_modalities=settings["missing_modalities"],
         columns=tuple(
             f"{name.removeprefix('column.')}={value}"
             for name, value in settings.items()
@@ -119,6 +124,7 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
         features=("--feature-dtype", settings["feature_dtype"], *limit),
         memory_budget=None,
         broker=broker,
+        calibration=None,
         plan=plan,
         client_processes=settings["client_processes"],
     )

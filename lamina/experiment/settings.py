@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from aggregator.plan import RunPlan
+from lamina.data.sets import DATA_SETS
 from lamina.options import column_option, engine_option, feature_options, model_options, plan_options
 from wire.errors import UserError
 
@@ -90,7 +91,7 @@ def _defaults(command: click.Command, options: Mapping[str, click.Option]) -> Va
     return {name: parsed[str(option.name)] for name, option in options.items()}
 
 
-OWN = _named(_row, (*TABLES, "seed", "max_feature_mb"))
+OWN = _named(_row, (*TABLES, "seed", "max_feature_mb", "calibration_epochs"))
 """Name -> option, without those of a data set."""
 OWN |= {
     "schedule": click.Option(["--schedule"], type=click.Choice(SCHEDULES)),
@@ -98,12 +99,15 @@ OWN |= {
 }
 
 DEFAULTS = _defaults(_row, OWN)
-PLAN = tuple(name for name in RunPlan.__struct_fields__ if name not in ("seed", "rounds"))
+PLAN = tuple(name for name in RunPlan.__struct_fields__ if name in OWN and name != "rounds")
 """Settings that the aggregator is started with as they are."""
 
 
 def data_settings(data_set: str, where: str) -> tuple[dict[str, click.Option], Values]:
-    """The options of `lamina data prepare SET` and their defaults. Raises `UserError`: no such data set."""
+    """The options of `lamina data prepare SET`, and defaults: theirs, and the model that goes with it.
+
+    Raises `UserError` where there is no such data set.
+    """
     from lamina.data.command import prepare
 
     command = prepare.commands.get(data_set)
@@ -112,7 +116,8 @@ def data_settings(data_set: str, where: str) -> tuple[dict[str, click.Option], V
             f"{where}: there is no data set {data_set!r}", did_you_mean(data_set, prepare.commands)
         )
     options = _named(command, _OF_DATA)
-    return options, _defaults(command, options)
+    model = {"model": DATA_SETS[data_set].model} if data_set in DATA_SETS else {}
+    return options, _defaults(command, options) | model
 
 
 def flat(table: Mapping[str, Any]) -> Values:

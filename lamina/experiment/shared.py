@@ -18,7 +18,7 @@ import json
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,8 +127,10 @@ def rounds_a_stage(bundle: Path, settings: Values) -> int:
     return rounds
 
 
-def stage_costs(bundle: Path, settings: Values, engine: str) -> tuple[StageCost, ...]:
-    """What each stage of the row costs a client; takes seconds."""
+def stage_costs(
+    bundle: Path, settings: Values, engine: str, modalities: Collection[str]
+) -> tuple[StageCost, ...]:
+    """What each stage of the row costs a client that has these modalities; takes seconds."""
     from export.costs import Setting, schedule_cost
     from export.observe import skeleton
     from export.schedules import SCHEDULES
@@ -143,7 +145,8 @@ def stage_costs(bundle: Path, settings: Values, engine: str) -> tuple[StageCost,
         )
         setting = Setting(engine, settings["batch_size"], settings["local_epochs"])
         sizes = [stage.micro_batch_size for stage in manifest.stages]
-        return schedule_cost(model, schedule, setting, sizes).stages
+        part = () if set(modalities) == manifest.modalities.keys() else modalities
+        return schedule_cost(model, schedule, setting, sizes, part).stages
 
 
 def _schedule(settings: Values) -> str:

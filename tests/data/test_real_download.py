@@ -1,4 +1,4 @@
-"""The only test that needs the network: two real styles, about 10 MB, through the real npm."""
+"""The only tests that need the network: 30 MB through the real npm and pip."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lamina.data.digits import prepare_digits
 from lamina.data.emoji import prepare_emoji
+from lamina.data.watch import prepare_watch
 
 
 @pytest.mark.network
@@ -24,3 +26,24 @@ def test_the_pinned_packages_give_the_known_data_set(
     with (prepared.client("twemoji") / "table.csv").open(encoding="utf-8", newline="") as file:
         texts = {row["image"]: row["text"] for row in csv.DictReader(file)}
     assert texts["images/twemoji-1f44b.png"].startswith("waving hand: bye, cya")
+
+
+@pytest.mark.network
+def test_the_real_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    inventory = prepare_digits(tmp_path / "digits").inventory
+    assert inventory.classes == tuple("0123456789")
+    assert len(inventory.clients) == 10
+    assert sum(inventory.clients.values()) == 2000
+    assert inventory.held_out == {"holdout": {"all": 1000}}
+
+
+@pytest.mark.network
+def test_the_real_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    inventory = prepare_watch(tmp_path / "watch").inventory
+    assert inventory.classes == ("ABD", "ER", "FEL", "IR", "PEN", "ROW", "TRAP")
+    counts = {"person-03": 305, "person-04": 295, "person-05": 490, "person-06": 478}
+    counts |= {"person-07": 524, "person-08": 482, "person-09": 483, "person-10": 519}
+    assert inventory.clients == counts
+    assert inventory.held_out == {"holdout": {"person-01": 561, "person-02": 540}}

@@ -1,17 +1,18 @@
-"""Packages come through npm, count only with their pinned content, and are kept."""
+"""Packages come through npm and pip, count only with their pinned content, and are kept."""
 
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import msgspec
 import pytest
-from tiny_registry import Publish, calls
+from tiny_registry import Publish, PublishWheel, calls
 
-from lamina.data import registry
+from lamina.data import fetchers
 from lamina.data.registry import cache_folder, fetch, read_member
-from wire.errors import UserError
+from wire.errors import LocalError, UserError
 
 
 def quiet(what: str, done: int, steps: int) -> None:
@@ -62,7 +63,7 @@ def test_what_npm_cannot_get_is_named(archives: Path, publish: Publish) -> None:
 def test_no_npm_at_all(archives: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
     package = publish("one", {"a.json": 1})
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(registry.sysconfig, "get_path", lambda name: "/nonexistent")
+    monkeypatch.setattr(fetchers.sysconfig, "get_path", lambda name: "/nonexistent")
     with pytest.raises(UserError, match=r"no npm to download one 1\.0\.0") as caught:
         fetch([package], quiet)
     assert "lamina[data]" in caught.value.hint
@@ -72,7 +73,7 @@ def test_the_npm_beside_this_python_will_do(
     archives: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = publish("one", {"a.json": 1})
-    monkeypatch.setattr(registry.sysconfig, "get_path", lambda name, path=os.environ["PATH"]: path)
+    monkeypatch.setattr(fetchers.sysconfig, "get_path", lambda name, path=os.environ["PATH"]: path)
     monkeypatch.setenv("PATH", "")
     assert fetch([package], quiet)["one"].is_file()
 
@@ -80,3 +81,49 @@ def test_the_npm_beside_this_python_will_do(
 def test_the_archive_is_called_what_npm_calls_it(publish: Publish) -> None:
     package = msgspec.structs.replace(publish("@icons/one", {}), version="2.1.0")
     assert package.archive == "icons-one-2.1.0.tgz"
+
+
+def test_a_wheel_is_fetched_by_pip_and_kept(
+    archives: Path, publish: Publish, publish_wheel: PublishWheel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an archive of npm's; that the wheel wants a Python that nobody has is of no matter."""
+    packages = [publish("one", {"a.json": 1}), publish_wheel("some_data", {"some_data/b.bin": b"23"})]
+    paths = fetch(packages, quiet)
+    assert read_member(paths["some_data"], "some_data/b.bin") == b"23"
+    assert paths["some_data"].name == "some_data-1.0.0-py3-none-any.whl"
+    assert sorted(cache_folder().iterdir()) == sorted(paths.values())
+
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("fetched again"))
+    assert fetch(packages, quiet) == paths
+    with pytest.raises(LocalError, match="no file some_data/c"):
+        read_member(paths["some_data"], "some_data/c")
+
+
+def test_another_wheel_is_refused_and_not_kept(publish_wheel: PublishWheel) -> None:
+    pinned = publish_wheel("some_data", {"b.bin": b"1"})
+    publish_wheel("some_data", {"b.bin": b"2"})
+    with pytest.raises(UserError, match=r"pip's some_data 1\.0\.0 is not the content") as caught:
+        fetch([pinned], quiet)
+    assert "pip config list" in caught.value.hint
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_what_pip_cannot_get_is_named(archives: Path, publish_wheel: PublishWheel) -> None:
+    gone = publish_wheel("some_data", {"b.bin": b"1"})
+    (archives / gone.archive).unlink()
+    told = r"pip could not download some_data 1\.0\.0 \(No matching distribution found"
+    with pytest.raises(UserError, match=told) as caught:
+        fetch([gone], quiet)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_pip_at_all(publish_wheel: PublishWheel, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = publish_wheel("some_data", {"b.bin": b"1"})
+
+    def not_installed(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", not_installed)
+    with pytest.raises(UserError, match=r"no pip to download some_data 1\.0\.0") as caught:
+        fetch([package], quiet)
+    assert "ensurepip" in caught.value.hint

@@ -1,11 +1,20 @@
-"""What is in the tests' registry, and the script that serves it as `npm`."""
+"""What is in the tests' registries: the script that serves one as `npm`, and wheels that pip finds."""
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from lamina.data.registry import Package
+from wire.manifest import BlobRef
 
 NUM_CONCEPTS = 120
 LABELS = [f"thing {place}" for place in range(NUM_CONCEPTS)]
@@ -26,6 +35,11 @@ shutil.copy(archives / archive, archive)
 """
 
 Publish = Callable[[str, dict[str, object]], Package]
+PublishWheel = Callable[[str, dict[str, bytes]], Package]
+
+NUM_OF_DIGIT = 18
+EXERCISES = ["PEN", "ABD", "ROW"]
+NUM_PEOPLE = 10
 
 
 def calls(archives: Path) -> list[str]:
@@ -38,3 +52,86 @@ def icon(place: int, corner: int) -> dict[str, object]:
     return {
         "body": f'<rect width="8" height="8" rx="{corner}" fill="#{place * 2 + 1:02x}40{255 - place:02x}"/>'
     }
+
+
+def npm_archive(name: str, files: dict[str, object]) -> tuple[Package, bytes]:
+    """An archive of version 1.0.0 whose files are JSON."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
+        for member, content in files.items():
+            data = json.dumps(content).encode()
+            info = tarfile.TarInfo(f"package/{member}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return Package(name, "1.0.0", BlobRef.of(buffer.getvalue()), "CC0-1.0", "nobody"), buffer.getvalue()
+
+
+def wheel(name: str, files: dict[str, bytes]) -> tuple[Package, bytes]:
+    """A wheel of version 1.0.0 that pip takes for one, for a Python that nobody has."""
+    meta = f"{name}-1.0.0.dist-info"
+    more = {
+        f"{meta}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\nRequires-Python: >=99\n",
+        f"{meta}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{meta}/RECORD": "",
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for member, content in {**files, **{name: text.encode() for name, text in more.items()}}.items():
+            archive.writestr(zipfile.ZipInfo(member), content)
+    content = buffer.getvalue()
+    return Package(name, "1.0.0", BlobRef.of(content), "CC0-1.0", "nobody", "pypi"), content
+
+
+def digit_pictures() -> dict[str, object]:
+    """No two are equal; a few more than there are recordings."""
+    generator = np.random.default_rng(0)
+    return {
+        f"src/digits/{digit}.json": {
+            "data": (generator.integers(0, 9, (NUM_OF_DIGIT + 2) * 784) / 8).tolist()
+        }
+        for digit in range(10)
+    }
+
+
+def spoken_digits() -> dict[str, npt.NDArray[Any]]:
+    """`X`, `y` and `lengths`, in no order of the digits: the louder, the higher the digit."""
+    generator = np.random.default_rng(1)
+    y = generator.permutation(np.repeat(np.arange(10), NUM_OF_DIGIT))
+    lengths = generator.integers(6, 50, len(y))
+    x = np.repeat(y, lengths)[:, None] + 0.1 * generator.standard_normal((lengths.sum(), 13))
+    return {"X": x.astype(np.float32), "y": y, "lengths": lengths}
+
+
+def watch_recordings() -> dict[str, object]:
+    """Of each person, arm and exercise one, 5 to 6 s long; a sample tells whose it is, and when."""
+    generator = np.random.default_rng(2)
+    found = [(p, s, e) for p in range(1, NUM_PEOPLE + 1) for s in (0.0, 1.0) for e in range(len(EXERCISES))]
+    found = [found[place] for place in generator.permutation(len(found))]
+    recordings = []
+    for person, side, exercise in found:
+        times = np.arange(int(generator.integers(250, 300)))
+        values = [person, side, exercise, 100 + person, -times, times]
+        recordings.append(np.stack(np.broadcast_arrays(*values), axis=1).astype(np.float64))
+    people, sides, exercises = (np.array(column) for column in zip(*found, strict=True))
+    return {
+        "X": recordings,
+        "y": exercises,
+        "side": sides,
+        "subject": people,
+        "y_labels": EXERCISES,
+        "X_labels": ["ax", "ay", "az", "wx", "wy", "wz"],
+    }
+
+
+def as_bytes(**arrays: npt.NDArray[Any]) -> bytes:
+    """A `.npz` file."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def pickled(content: object) -> bytes:
+    """A `.npy` file of one pickled object, as numpy writes it."""
+    file = io.BytesIO()
+    np.save(file, np.array(content), allow_pickle=True)
+    return file.getvalue()

@@ -292,6 +292,36 @@ def test_a_local_run_starts_a_killed_client_again_and_leaves_nothing_behind(
     assert left == []
 
 
+def test_motions_are_classified(tmp_path: Path) -> None:
+    """From files of a watch to a final model that has learned what its hold-out shows."""
+    generator = np.random.default_rng(0)
+    for place in ("clients/ann", "clients/bob", "holdout"):
+        folder = tmp_path / "data" / place
+        folder.mkdir(parents=True)
+        lines = ["accelerometer,gyroscope,label"]
+        for number in range(24):
+            label, moved = number % 3, generator.normal(scale=0.2, size=(8, 3))
+            moved[:, label] += 2
+            np.save(folder / f"{number}.npy", moved)
+            np.savetxt(folder / f"{number}.csv", -moved[:6], delimiter=",", header="wx,wy,wz", comments="")
+            lines.append(f"{number}.npy,{number}.csv,{'ABC'[label]}")
+        (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    options = {"length": 8, "patch": 4, "width": 16, "heads": 2, "blocks": 1, "embedding": 8}
+    words = ["--data", str(tmp_path / "data"), "--model", "watch", "--rounds", "6", "--json"]
+    words += ["--dir", str(tmp_path / "work"), "--batch-size", "8", "--threads", "1", "--engine", "onnx"]
+    words += ["--learning-rate", "0.01", "--option", "masked=true"]
+    words += [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
+    done = lamina("run", *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["total"]["metrics"]["chance"] == pytest.approx(1 / 3)
+    assert result["total"]["metrics"]["accuracy"] > 0.9
+    told = lamina("evaluate", result["model"], "--data", str(tmp_path / "data/holdout"), "--json")
+    assert json.loads(told.stdout)["accuracy"] == pytest.approx(result["total"]["metrics"]["accuracy"])
+    model = load(result["model"])
+    assert (list(model.modalities), model.head.classes) == (["accelerometer", "gyroscope"], 3)
+
+
 def test_a_client_with_unusable_data_ends_the_run_that_waits_for_it(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data/clients/cy/images/3.png").write_bytes(b"not a picture")

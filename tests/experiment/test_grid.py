@@ -117,6 +117,12 @@ def test_the_partition_has_the_rows_seed_unless_told(tmp_path):
     assert "data_seed" not in telling(complete({}, 3, ""))
 
 
+def test_a_data_set_has_a_model_that_goes_with_it():
+    assert complete({"data_set": "watch"}, 0, "")["model"] == "watch"
+    assert "model" not in telling(complete({"data_set": "watch"}, 0, ""))
+    assert complete({"data_set": "watch", "model": "tiny"}, 0, "")["model"] == "tiny"
+
+
 def test_a_new_data_set_brings_its_settings(tmp_path, monkeypatch):
     @click.command
     @click.option("--clients", type=int, default=3)

@@ -19,12 +19,13 @@ import random
 import shutil
 import sys
 import tempfile
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 if __name__ == "__main__":
     import atheris
@@ -46,9 +47,11 @@ with instrumented:
     from aggregator.books import NAME, Books, RunRecord
     from edge_client import pending
     from edge_client.checkpoint import Checkpoint, Progress
+    from inputs.audio import AudioReader
     from inputs.image import ImageReader
-    from inputs.readers import Unreadable
+    from inputs.readers import Reader, Unreadable
     from inputs.rows import Rows, write_rows
+    from inputs.series import SeriesReader
     from inputs.table import read_table
     from lamina.identity.ca import Ca, owner_key
     from lamina.identity.certificates import key_pem, new_key, public_pem
@@ -298,8 +301,13 @@ class Files:
         place = Path("/dev/shm")
         self.folder = Path(tempfile.mkdtemp(dir=place if place.is_dir() else None))
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
-        modality = Modality("image", {"image": TensorSpec((3, 16, 16), "float32")}, {"size": 16})
-        self._image_reader = ImageReader(modality, Path)
+        image = Modality("image", {"image": TensorSpec((3, 16, 16), "float32")}, {"size": 16})
+        steps = {"x": TensorSpec((8, 3), "float32")}
+        series = Modality("series", steps, {"length": 8, "channels": 3})
+        sizes: dict[str, Any] = {"length": 8, "mels": 3, "rate_hz": 8000, "window_ms": 25, "hop_ms": 10}
+        self._image_reader = ImageReader(image, Path)
+        self._series_reader = SeriesReader(series, Path)
+        self._audio_reader = AudioReader(Modality("audio", steps, sizes), Path)
 
     def tensors(self, content: bytes) -> None:
         unpack_file(self._written("tensors", content), SHAPES)
@@ -317,11 +325,24 @@ class Files:
         read_table(self.folder, ("image", "text", "label"))
 
     def image(self, content: bytes) -> None:
-        self._written("image", content)
+        self._encoded(self._image_reader, "image", content)
+
+    def npy(self, content: bytes) -> None:
+        self._encoded(self._series_reader, "series.npy", content)
+
+    def csv(self, content: bytes) -> None:
+        self._encoded(self._series_reader, "series.csv", content)
+
+    def wav(self, content: bytes) -> None:
+        self._encoded(self._audio_reader, "sound.wav", content)
+
+    def _encoded(self, reader: Reader, name: str, content: bytes) -> None:
+        self._written(name, content)
         try:
-            self._image_reader.encode(self.folder, "image")
+            encoded = reader.encode(self.folder, name)
         except Unreadable as error:  # which a data set makes a `UserError` with the row
             raise UserError(str(error), error.hint) from error
+        assert (encoded.shape, encoded.dtype) == (reader.shape, np.dtype(reader.dtype))
 
     def books(self, content: bytes) -> None:
         """All that a run that goes on reads of them."""
@@ -445,6 +466,20 @@ def _image(name: str, mode: str) -> bytes:
     return file.getvalue()
 
 
+def _npy(order: Literal["C", "F"]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.arange(30, dtype=np.float32).reshape((10, 3), order=order))
+    return file.getvalue()
+
+
+def _wav(channels: int, width: int, rate_hz: int = 8000) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setparams((channels, width, rate_hz, 0, "NONE", ""))
+        written.writeframes(bytes(range(240)) * channels * width)
+    return file.getvalue()
+
+
 def targets() -> dict[str, Target]:
     """By name, in the order in which they are run."""
     arrays, files = _arrays(), Files()
@@ -485,6 +520,11 @@ def targets() -> dict[str, Target]:
     )
     pixels = (Image.MAX_IMAGE_PIXELS or 0) >> 20
     found["image"] = Target(files.image, images, 16 << 10, rss_mb=BASE_MB + 13 * pixels)  # inputs/image.py
+    found["npy"] = Target(files.npy, (_npy("C"), _npy("F")), 4 << 10)
+    found["csv"] = Target(files.csv, (b"ax,ay,az\n1,2,3\n-4.5,5e3,.6\n",), 4 << 10)
+    floats = _wav(1, 4).replace(b"fmt \x10\0\0\0\x01", b"fmt \x10\0\0\0\x03")
+    quiet = floats[:44] + np.linspace(-1, 1, 240, dtype="<f4").tobytes()
+    found["wav"] = Target(files.wav, (_wav(1, 2), _wav(2, 3), _wav(1, 1, 44100), quiet), 4 << 10)
     address = (b"mqtt://ann:secret@pi:1883?version=5", b"mqtts://[::1]")
     found["address"] = Target(lambda content: Broker.parse(content.decode(errors="replace")), address, 200)
     return found

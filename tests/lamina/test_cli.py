@@ -230,6 +230,11 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "--data", "examples"), ("examples has no clients/<name>/", "lamina data prepare")),
     (("run", "--data", "no"), ("no has no clients/<name>/",)),
     (("export", "--data", "empty", "--out", "out"), ("empty holds neither",)),
+    (
+        ("export", "--model", "digits", "--data", "captions"),
+        ("digits tells classes apart", "--data FOLDER"),
+    ),
+    (("export", "--option", "task=classification"), ("tiny tells classes apart", "--data FOLDER")),
     (("export", "--memory-budget", "200"), ("'200' is not an amount of memory", "write 200MB")),
     (("run", "--memory-budget", "much"), ("'much' is not an amount of memory",)),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ class Network:
         self.published: list[str] = []
         self.damage = damage
         self.sender = Exchange(
-            self, Store(folder / "sender"), CHUNK, lambda _ref, peers: ",".join(sorted(peers))
+            self, Store(folder / "sender"), CHUNK, lambda _ref, peer: peer or ",".join(names)
         )
         self.receivers = {
-            name: Exchange(self, Store(folder / name), CHUNK, lambda _ref, _peers: "", stall_s=STALL_S)
+            name: Exchange(self, Store(folder / name), CHUNK, lambda _ref, _peer: "", stall_s=STALL_S)
             for name in names
         }
 
@@ -50,6 +51,9 @@ class Network:
         for name in topic.split(","):
             for packet in self.damage(payload):
                 self.receivers[name].chunk(packet)
+
+    async def caught_up(self) -> None:
+        await asyncio.sleep(0)
 
     def offer(self, content: bytes = CONTENT) -> BlobRef:
         ref = self.sender.store.put(content)
@@ -104,6 +108,54 @@ def test_one_broadcast_serves_many(tmp_path: Path) -> None:
     assert run(network, *(network.fetch(name) for name in names)) == [CONTENT] * 8
     assert len(network.published) < 60, "41 chunks to 8 receivers are 328 without broadcasts"
     assert ",".join(names) in network.published
+
+
+def test_what_waits_to_be_read_is_not_asked_for_again(tmp_path: Path) -> None:
+    """Receivers that read slowly, of broadcasts that the quickest of them asks for."""
+    names = tuple("abcdefgh")
+    network = Slow(tmp_path, names)
+    network.offer()
+    assert run(network, *(network.fetch(name) for name in names)) == [CONTENT] * 8
+    assert len(network.published) < 60
+
+
+class Slow(Network):
+    """A receiver reads a packet in a while, and the later ones read more slowly."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
+        super().__init__(folder, names)
+        self.waiting: dict[str, asyncio.Queue[bytes]] = {name: asyncio.Queue() for name in names}
+        self.reading: list[asyncio.Task[None]] = []
+        for name, receiver in self.receivers.items():
+            receiver._connection = _Line(self, name)
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        self.published.append(topic)
+        await asyncio.sleep(0)
+        if not self.reading:
+            self.reading = [asyncio.create_task(self.read(name)) for name in self.waiting]
+        for name in topic.split(","):  # those that are done read no more
+            if self.receivers[name]._incoming:
+                self.waiting[name].put_nowait(payload)
+
+    async def read(self, name: str) -> None:
+        while True:
+            packet = await self.waiting[name].get()
+            await asyncio.sleep(0.002 * (1 + ord(name) - ord("a")))
+            self.receivers[name].chunk(packet)
+            self.waiting[name].task_done()
+
+
+@dataclass
+class _Line:
+    network: Slow
+    name: str
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        raise AssertionError("a receiver has nothing to send")
+
+    async def caught_up(self) -> None:
+        await self.network.waiting[self.name].join()
 
 
 def test_a_bad_link_only_takes_longer(tmp_path: Path) -> None:
@@ -223,7 +275,7 @@ def test_asking_beyond_the_end_is_malformed(tmp_path: Path) -> None:
 
 
 def test_chunks_of_one_peer_do_not_touch_anothers_upload(tmp_path: Path) -> None:
-    exchange = Exchange(Network(tmp_path, ()), Store(tmp_path / "store"), CHUNK, lambda _ref, _peers: "")
+    exchange = Exchange(Network(tmp_path, ()), Store(tmp_path / "store"), CHUNK, lambda _ref, _peer: "")
     content = b"honest"
     ref = BlobRef.of(content)
 

@@ -148,6 +148,25 @@ def test_a_flood_is_dropped_and_counted(embedded: Embedded) -> None:
     run(main)
 
 
+def test_caught_up_waits_for_what_has_come_and_no_longer(embedded: Embedded) -> None:
+    async def main() -> None:
+        async with Connection(embedded.address, "a") as a, Connection(embedded.address, "b") as b:
+            await b.caught_up()
+            await b.subscribe("x")
+            for number in range(3):
+                await a.publish("x", bytes([number]))
+            await asyncio.sleep(0.5)
+            waiting = asyncio.create_task(b.caught_up())
+            for _ in range(3):
+                await asyncio.sleep(0.01)
+                assert not waiting.done()
+                await b.packet()
+            await a.publish("x", b"later")
+            await asyncio.wait_for(waiting, 5)
+
+    run(main)
+
+
 def test_no_broker_is_one_clear_line() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

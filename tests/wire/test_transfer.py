@@ -141,7 +141,7 @@ def test_a_chunk_of_another_length_is_refused(length: int) -> None:
     assert receive(missing, packets(ref, content)[:1], content) != content
 
 
-def drain(owed: Owed) -> list[tuple[BlobRef, int, frozenset[str]]]:
+def drain(owed: Owed) -> list[tuple[BlobRef, int, str | None]]:
     return list(iter(owed.next, None))
 
 
@@ -151,12 +151,25 @@ def test_what_several_want_is_owed_once() -> None:
     owed.add("a", ref, ((0, 2),), SIZE)
     owed.add("b", ref, ((1, 3),), SIZE)
     owed.add("a", ref, ((0, 1),), SIZE)
-    assert drain(owed) == [
-        (ref, 0, frozenset("a")),
-        (ref, 1, frozenset("ab")),
-        (ref, 2, frozenset("b")),
-    ]
+    assert drain(owed) == [(ref, 0, None), (ref, 1, None), (ref, 2, None)]
     assert owed.next() is None
+
+
+def test_what_was_sent_goes_again_to_all_only_if_many_want_it() -> None:
+    ref, _ = blob(4 * DATA)
+    owed = Owed()
+    owed.add("a", ref, ((0, 4),), SIZE)
+    assert drain(owed) == [(ref, index, None) for index in range(4)]
+    for peer in "ab":
+        owed.add(peer, ref, ((1, 2),), SIZE)
+    for peer in "abcdefghi":
+        owed.add(peer, ref, ((3, 4),), SIZE)
+    assert drain(owed) == [(ref, 1, "a"), (ref, 1, "b"), (ref, 3, None)]
+    owed.add("a", ref, ((2, 3),), SIZE)
+    assert drain(owed) == [(ref, 2, "a")]
+    owed.drop(ref)
+    owed.add("a", ref, ((2, 3),), SIZE)
+    assert drain(owed) == [(ref, 2, None)]
 
 
 def test_what_is_asked_for_first_goes_first_and_can_be_dropped() -> None:
