@@ -97,7 +97,7 @@ def export_bundle(
     """
     _check_model(model, classes)
     micro = tuple(micro_batch_sizes or [0] * len(schedule.stages))
-    _check_micro_batches(micro, len(schedule.stages), max_batch_size)
+    check_micro_batches(micro, len(schedule.stages), max_batch_size)
     optimizer = optimizer or AdamW()
     makers = EngineFiles(
         check_engines(exportable() if engines is None else engines),
@@ -222,7 +222,8 @@ def _tokenizers(model: Model) -> dict[str, int]:
     return sizes
 
 
-def _check_micro_batches(sizes: Sequence[int], num_stages: int, max_batch_size: int) -> None:
+def check_micro_batches(sizes: Sequence[int], num_stages: int, max_batch_size: int) -> None:
+    """Raises `UserError` for sizes that are not one a stage, or out of range."""
     if len(sizes) != num_stages:
         raise UserError(
             f"{len(sizes)} sizes of micro-batches for {num_stages} stages",

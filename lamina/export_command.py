@@ -141,7 +141,7 @@ def command(
 
         import edge_client.engines as engines
         from export.budget import Budget, expected_peaks, fit
-        from export.bundle import Exported, export_bundle
+        from export.bundle import Exported, check_micro_batches, export_bundle
         from export.engines import check_engines, exportable
         from export.observe import skeleton
         from export.schedules import SCHEDULES, Schedule
@@ -185,6 +185,7 @@ def command(
         extra = {"blocks_per_stage": blocks_per_stage or 1, "warm_start": warm_start}
         made = SCHEDULES[schedule](built.depths, each, **({} if schedule == "end_to_end" else extra))
         sizes = [micro] * len(made.stages) if isinstance(micro, int) else micro
+        check_micro_batches(sizes, len(made.stages), max_batch_size)
         peaks = expected_peaks(shell, made, Budget(0, min(batch_size, max_batch_size), chosen), sizes)
         exported = write(made, out, force=force, micro_batch_sizes=sizes, expected_peak_bytes=peaks)
     else:
