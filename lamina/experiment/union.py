@@ -2,7 +2,8 @@
 
 Rules: every example of every client, in the order of their names, and the same hold-out. Nothing is
 decoded: a table's cells are copied, and a column whose cells are files gets the client's name before them.
-Files are linked, not copied, where the disk can.
+Files are linked, not copied, where the disk can. An example that lacks a modality has an empty cell, and a
+client that has others leaves it out (`inputs/dataset.py`).
 
 Next: `lamina/experiment/shared.py`, which keeps it for the rows.
 """
