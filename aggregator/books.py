@@ -56,7 +56,7 @@ CREATE TABLE IF NOT EXISTS usage(
 
 
 class RunRecord(msgspec.Struct, frozen=True):
-    """What a run is. `manifest`: SHA-256. `plan`: the run plan as JSON."""
+    """What a run is. `manifest`: SHA-256. `plan`: all that decides over its course, as JSON."""
 
     name: str
     manifest: str

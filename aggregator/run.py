@@ -64,7 +64,8 @@ log = logging.getLogger(__name__)
 class Settings:
     """name: of the run. bundle: the exported folder. folder: where the run keeps its books and blobs.
 
-    evaluate: None without a hold-out. calibrate: None without public examples.
+    evaluate: None without a hold-out. calibrate: None without public examples, of the fingerprint
+    `calibration`.
     resume: go on with the run whose books are in `folder`.
     signature: the owner's, of the bundle's manifest, for clients to check.
     """
@@ -76,6 +77,7 @@ class Settings:
     chunk_bytes: int
     evaluate: Evaluate | None = None
     calibrate: Calibrate | None = None
+    calibration: str = ""
     resume: bool = False
     signature: bytes | None = None
 
@@ -94,7 +96,8 @@ async def conduct(broker: Broker, settings: Settings, books: Books, tell: Tell) 
 
 def _record(settings: Settings, manifest: BlobRef, books: Books) -> RunRecord:
     """The run in the books, begun now or before."""
-    plan = msgspec.json.encode(settings.plan).decode()
+    decided = msgspec.to_builtins(settings.plan) | {"calibration": settings.calibration}
+    plan = msgspec.json.encode(decided).decode()
     known = books.run()
     if known is None:
         record = RunRecord(settings.name, manifest.sha256, plan, time.time())
@@ -293,11 +296,10 @@ class Run:
 
     def _is_settled(self, stage: int) -> bool:
         """Whether it needs no more rounds, by its metric, or by the loss where there is no hold-out."""
-        values = []
-        for loss, metrics in self._books.metrics(stage):
-            name = headline(metrics)
-            values.append(-loss if name is None else metrics[name])
-        return self._plan.is_settled(values)
+        rounds = self._books.metrics(stage)
+        names = {headline(metrics) for _, metrics in rounds}
+        name = names.pop() if len(names) == 1 else None  # a hold-out may have come or gone meanwhile
+        return self._plan.is_settled([-loss if name is None else m[name] for loss, m in rounds])
 
     async def _evaluate(self, stage: int) -> dict[str, float]:
         if self._settings.evaluate is None:

@@ -47,7 +47,10 @@ class _Saved(msgspec.Struct, frozen=True):
 
 
 class Checkpoint:
-    """Of one piece of work on one engine, in a folder that holds nothing else."""
+    """Of one piece of work, in a folder that holds nothing else.
+
+    engine: which, and of which train step: another cannot go on from there.
+    """
 
     def __init__(self, folder: Path, work: Work, engine: str, every_s: float) -> None:
         self._folder = folder

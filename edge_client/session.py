@@ -33,13 +33,13 @@ from edge_client.link import Link, find_run
 from edge_client.parameters import Parameters
 from edge_client.pending import Pending, Work
 from edge_client.train import Trained, train
-from inputs.dataset import Dataset, present
+from inputs.dataset import Dataset, fullest
 from wire.compression import compress
 from wire.errors import Malformed, PeerError
 from wire.manifest import BlobRef, Manifest
 from wire.messages import Hello, Offer, Receipt, Report, Usage
 from wire.mqtt import Broker
-from wire.parts import with_modalities, within
+from wire.parts import modality_sets, with_modalities, within
 from wire.rounds import Event, Role, RoundMachine, State
 from wire.store import Store
 from wire.tasks import beside
@@ -90,9 +90,12 @@ async def _take_part(link: Link, device: Device, store: Store) -> None:
 async def _join(link: Link, device: Device, store: Store) -> tuple[Session, Hello]:
     """What is needed before anyone can be told that we are here."""
     whole = await link.manifest()
-    has = await asyncio.to_thread(present, device.data, whole.modalities, device.columns)
     fitting = whole if device.max_memory_bytes is None else within(whole, device.max_memory_bytes)
-    manifest = with_modalities(fitting, has) or fitting  # else the data set says what it lacks
+    if device.max_memory_bytes is not None and not any(one.expected_peak_bytes for one in whole.stages):
+        log.warning("the bundle does not say what memory it takes: --memory-budget has no effect")
+    choices = modality_sets(whole)
+    chosen = await asyncio.to_thread(fullest, device.data, choices, device.columns)
+    manifest = with_modalities(fitting, chosen)
     bundle = Bundle(manifest, link, store)
     engine = choose(device.engine, manifest.stages[0].engines)
     await bundle.need(*bundle.tokenizers())
@@ -170,6 +173,7 @@ class Session:
         self._machine = RoundMachine(Role.CLIENT)
         self._told = (0, 0)  # bytes sent and received that have been reported
         self._told_cpu_s = 0.0
+        self._warned_bytes = 0
 
     async def rounds(self) -> None:
         """Take every offer that selects us, until the run is over."""
@@ -201,7 +205,10 @@ class Session:
         if report is None:
             await self._bundle.need(*self._manifest.stages[offer.key.stage].engines[self._engine].values())
             await self._parameters.prepare(offer)
-            parameters = await self._parameters.trainable(offer)
+            offered = await self._parameters.trainable(offer)
+            names = self._manifest.stages[offer.key.stage].parameters.values()
+            parameters = {name: offered.pop(name) for name in names}
+            del offered  # what others train
             features = await self._features(offer)
             self._machine.move(Event.FETCHED)
             trained = await _in_thread(partial(self._train, offer, parameters, features))
@@ -245,8 +252,10 @@ class Session:
             return train(engine, parameters, features, offer.plan, device.name, stop, checkpoint)
 
     def _checkpoint(self, offer: Offer) -> Checkpoint:
-        every_s = self._device.checkpoint_s
-        return Checkpoint(self._device.folder / "training", self._work(offer), self._engine, every_s)
+        folder, every_s = self._device.folder / "training", self._device.checkpoint_s
+        files = self._manifest.stages[offer.key.stage].engines[self._engine].values()
+        step = " ".join([self._engine, *(self._manifest.files[name].sha256 for name in files)])
+        return Checkpoint(folder, self._work(offer), step, every_s)
 
     def _needed(self, offer: Offer) -> set[BlobRef]:
         """Of what is in the store; the rest is of earlier offers and other runs."""
@@ -302,9 +311,13 @@ class Session:
         self._told = (sent, received)
         await self._link.usage(usage)
         planned = self._planned_bytes(offer.key.stage)
-        if planned and usage.peak_rss_bytes > TOLERANCE * planned:
-            peak = usage.peak_rss_bytes / 1e6
-            log.warning("%s: %.0f MB of memory, %.0f MB were expected", offer.key, peak, planned / 1e6)
+        if planned and usage.peak_rss_bytes > TOLERANCE * max(planned, self._warned_bytes):
+            self._warned_bytes = peak = usage.peak_rss_bytes
+            log.warning(
+                "%s: %.0f MB of memory, %.0f MB were expected: does the run take larger batches than the "
+                "bundle was exported for?",
+                *(offer.key, peak / 1e6, planned / 1e6),
+            )
 
     def _planned_bytes(self, stage: int) -> int:
         """Of memory, up to this stage; 0: nothing was planned."""

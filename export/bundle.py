@@ -32,7 +32,7 @@ from wire.manifest import (
     Graph,
     Manifest,
     Parameter,
-    Partial,
+    PartialStep,
     Stage,
     encode_manifest,
 )
@@ -125,7 +125,10 @@ def export_bundle(
             classes=tuple(classes),
             optimizer=optimizer,
             max_batch_size=max_batch_size,
-            parameters={name: Parameter(group_of(name), value.shape) for name, value in values.items()},
+            parameters={
+                name: Parameter(group_of(name, model.encoders), value.shape)
+                for name, value in values.items()
+            },
             stages=tuple(
                 msgspec.structs.replace(stage, expected_peak_bytes=peak)
                 for stage, peak in zip(stages, peaks, strict=True)
@@ -184,7 +187,7 @@ def _stage(
         classifier=graph("classifier", cuts.classifier) if cuts.classifier else None,
         micro_batch_size=micro_batch_size,
         partials=tuple(
-            Partial(
+            PartialStep(
                 modalities=part,
                 trainable=plan.trainable_with(part),
                 inputs=cut.inputs,

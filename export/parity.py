@@ -166,7 +166,6 @@ def _check(
         sizes = [min(size, manifest.max_batch_size) for size in _batch_sizes(stage.micro_batch_size)]
         for part, step in {tuple(manifest.modalities): cut.train, **cut.partials}.items():
             seen = with_modalities(manifest, part)
-            assert seen is not None
             batches = [example(step.inputs, size, limits, generator) for size in sizes]
             losses, after = reference(step, model, batches, manifest.optimizer, LEARNING_RATE)
             of = f" of {', '.join(part)}" if part in cut.partials else ""

@@ -2,7 +2,7 @@
 
 Rules:
 - An example has every modality that is asked for, and for classification a label. Rows with an empty cell
-  there are left out and counted in the log. What a folder can be asked for is what `present` says.
+  there are left out and counted in the log. `fullest` says what can be asked for.
 - Each cell is read once, into a file in `cache` whose rows are read from then on: memory holds a batch
   and the table's few columns, never the data. The cache may be deleted whenever nothing uses it.
 - `fingerprint` names the content: cells, files, tokenizer, options. It changes when any of them does.
@@ -13,7 +13,7 @@ Next: `edge_client/cache.py`, which keeps the prefix's features under the same f
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,13 +129,25 @@ class Dataset:
         return arrays if names is None else {name: arrays[name] for name in names}
 
 
-def present(
-    folder: Path, modalities: Collection[str], columns: Mapping[str, str] | None = None
+def fullest(
+    folder: Path, choices: Sequence[tuple[str, ...]], columns: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:
-    """Those of the modalities that any row of the folder's table has. Raises `UserError`."""
-    theirs = {name: (columns or {}).get(name, name) for name in modalities}
-    table = read_table(folder, set(theirs.values()))
-    return tuple(ours for ours, name in theirs.items() if any(table.columns.get(name, ())))
+    """The set of modalities, of `choices`, that most rows of the folder's table have; the first of equals.
+
+    Raises `UserError`, also for a column that is said to be one of them and is not there.
+    """
+    told = columns or {}
+    names = dict.fromkeys(name for choice in choices for name in choice)
+    table = read_table(folder, {told.get(name, name) for name in names})
+    for name in names:
+        if name in told and told[name] not in table.columns:
+            raise _no_column(table, name, told[name])
+    cells = {name: table.columns.get(told.get(name, name), [""] * len(table)) for name in names}
+
+    def num_rows(choice: tuple[str, ...]) -> int:
+        return sum(all(row) for row in zip(*(cells[name] for name in choice), strict=True))
+
+    return max(choices, key=num_rows)
 
 
 def _columns(
@@ -146,11 +158,15 @@ def _columns(
     table = read_table(folder, set(theirs.values()))
     for name in needed:
         if theirs[name] not in table.columns:
-            raise UserError(
-                f"{table.path} has no column {theirs[name]!r}, only {', '.join(map(repr, table.header))}",
-                f"say which it is: --column {name}=THEIR_NAME, or export with --missing-modalities",
-            )
+            raise _no_column(table, name, theirs[name])
     return table, {ours: table.columns[name] for ours, name in theirs.items() if name in table.columns}
+
+
+def _no_column(table: Table, name: str, theirs: str) -> UserError:
+    return UserError(
+        f"{table.path} has no column {theirs!r}, only {', '.join(map(repr, table.header))}",
+        f"say which it is: --column {name}=THEIR_NAME, or export with --missing-modalities",
+    )
 
 
 def _labels(

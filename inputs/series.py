@@ -23,6 +23,7 @@ from inputs.readers import AnyArray, BundleFile, Unreadable, check_inputs, in_fo
 from wire.errors import Malformed
 from wire.manifest import Modality
 
+MAX_OPTION = 1_000_000  # of steps, channels, hertz: a manifest must not ask for any amount of memory
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -119,8 +120,8 @@ class SeriesReader(Frames):
 def whole(modality: Modality, option: str, default: int | None = None) -> int:
     """An option that is a number of things. Raises `Malformed`."""
     value = modality.options.get(option, default)
-    if not isinstance(value, int) or value < 1:
-        raise Malformed(f"option {option} of {modality.kind} is {value!r}, not a number of at least 1")
+    if not isinstance(value, int) or not 1 <= value <= MAX_OPTION:
+        raise Malformed(f"option {option} of {modality.kind} is {value!r}, not from 1 to {MAX_OPTION}")
     return value
 
 
@@ -142,7 +143,7 @@ def _read_npy(path: Path, length: int) -> AnyArray:
         if header is None:
             raise ValueError("it is of another version of the format")
         shape, by_column, dtype = header(file)
-        if dtype.kind not in "iuf" or len(shape) != 2:
+        if dtype.kind not in "iuf" or len(shape) != 2 or min(shape) < 0:
             raise ValueError(f"it holds {dtype} of the shape {shape}")
         num_bytes = shape[0] * shape[1] * dtype.itemsize
         if os.fstat(file.fileno()).st_size - file.tell() < num_bytes:
@@ -155,6 +156,7 @@ def _read_npy(path: Path, length: int) -> AnyArray:
 def _read_csv(path: Path, length: int) -> npt.NDArray[np.float64]:
     """The first `length` rows."""
     rows: list[list[float]] = []
+    named = False
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         for cells in reader:
@@ -163,9 +165,10 @@ def _read_csv(path: Path, length: int) -> npt.NDArray[np.float64]:
             try:
                 rows.append([float(cell) for cell in cells])
             except ValueError:
-                if rows or reader.line_num > 1:
+                if rows or named:
                     raise ValueError(f"line {reader.line_num} is not numbers") from None
-                continue  # the columns' names
+                named = True  # the columns
+                continue
             if len(rows[-1]) != len(rows[0]):
                 raise ValueError(f"line {reader.line_num} has {len(rows[-1])} cells, not {len(rows[0])}")
             if len(rows) == length:

@@ -139,7 +139,11 @@ def command(
             )
         if calibration is not None:
             public = read(calibration, folder / "calibration" / "inputs")
-            settings = replace(settings, calibrate=_calibrate(bundle, manifest, public, folder, run_plan))
+            settings = replace(
+                settings,
+                calibrate=_calibrate(bundle, manifest, public, folder, run_plan),
+                calibration=public.fingerprint,
+            )
         if as_json:
             _conduct(address, settings, manifest, books, lambda event: click.echo(to_json(event)))
         elif is_json():

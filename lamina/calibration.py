@@ -16,7 +16,7 @@ from threading import Event
 from msgspec.structs import replace
 
 from edge_client.cache import FeatureCache
-from edge_client.engines import ONNX, open_engine, open_graph
+from edge_client.engines import AUTO, choose, open_engine, open_graph
 from edge_client.features import by_own_names
 from edge_client.train import train
 from inputs.dataset import Dataset
@@ -28,13 +28,17 @@ NAME = "calibration"  # in place of a client's, which decides over the order of 
 
 
 class Calibration:
-    """An `aggregator.run.Calibrate`. folder: where features may lie."""
+    """An `aggregator.run.Calibrate`. folder: where features may lie.
+
+    Raises `UserError` where no engine of the bundle's runs here.
+    """
 
     def __init__(
         self, bundle: Path, manifest: Manifest, dataset: Dataset, folder: Path, epochs: int, threads: int
     ) -> None:
         self._bundle, self._manifest = bundle, manifest
-        self._cache = FeatureCache(folder, manifest, dataset, ONNX, dtype="float32")
+        self._engine = choose(AUTO, manifest.stages[0].engines)
+        self._cache = FeatureCache(folder, manifest, dataset, self._engine, dtype="float32")
         self._epochs, self._threads = epochs, threads
 
     def __call__(self, offer: Offer, values: Mapping[str, Array], combined: Arrays) -> Arrays:
@@ -42,10 +46,11 @@ class Calibration:
         never = Event()
         for step in self._cache.steps(offer):
             graph = by_own_names(step.graph)
-            run = open_graph(ONNX, self._bundle.joinpath, graph, self._threads)
+            run = open_graph(self._engine, self._bundle.joinpath, graph, self._threads)
             self._cache.run(step, run, dict(values), never)
         plan = replace(offer.plan, local_epochs=self._epochs, proximal_mu=0.0)
         stage = offer.key.stage
-        with open_engine(ONNX, self._bundle.joinpath, self._manifest, stage, self._threads) as engine:
+        file = self._bundle.joinpath
+        with open_engine(self._engine, file, self._manifest, stage, self._threads) as engine:
             trained = train(engine, combined, self._cache.features(offer), plan, NAME, never)
         return {name: combined[name] + change for name, change in trained.delta.items()}

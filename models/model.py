@@ -10,7 +10,7 @@ Next: `models/registry.py`, which builds models by name; `export/stage.py`, whic
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,19 +86,18 @@ class Model(nn.Module):
             del self.encoders[name].blocks[depth:]
 
 
-def group_of(name: str) -> str:
-    """The parameter group of a torch name."""
+def group_of(name: str, modalities: Collection[str]) -> str:
+    """The parameter group of a torch name, in a model of these modalities."""
     parts = name.split(".")
-    if (
-        parts[0] == "head"
-    ):  # what is one modality's lies in a ModuleDict: head.<what>.<modality>.<parameter>
-        return f"head.{parts[2]}" if len(parts) > 3 else "head"
-    return f"{parts[0]}.stem" if parts[1] == "stem" else f"{parts[0]}.block.{parts[2]}"
+    if parts[0] != "head":
+        return f"{parts[0]}.stem" if parts[1] == "stem" else f"{parts[0]}.block.{parts[2]}"
+    # What is one modality's lies in a ModuleDict: head.<what>.<modality>.<parameter>.
+    return f"head.{parts[2]}" if len(parts) > 3 and parts[2] in modalities else "head"
 
 
 def parameter_groups(model: Model) -> dict[str, list[str]]:
     """Group -> torch names of its parameters, both in module order."""
     groups: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
-        groups.setdefault(group_of(name), []).append(name)
+        groups.setdefault(group_of(name, model.encoders), []).append(name)
     return groups

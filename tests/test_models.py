@@ -53,8 +53,14 @@ def test_groups_follow_the_modules():
         "head.image",
         "head.text",
     ]
-    assert all(group_of(name) == group for group, names in groups.items() for name in names)
+    both = ("image", "text")
+    assert all(group_of(name, both) == group for group, names in groups.items() for name in names)
     assert [n for names in groups.values() for n in names] == [n for n, _ in small().named_parameters()]
+
+
+def test_a_head_of_ones_own_may_be_nested():
+    assert group_of("head.mlp.0.weight", ("image", "text")) == "head"
+    assert group_of("head.fuse.image.weight", ("image", "text")) == "head.image"
 
 
 def test_modalities_tell_a_device_what_to_make():

@@ -71,7 +71,6 @@ def test_an_unknown_need_fits(progressive: tuple[Path, Manifest]) -> None:
 def test_both_together_train(progressive: tuple[Path, Manifest]) -> None:
     folder, whole = progressive
     seen = with_modalities(within(whole, 120 * MB), ("image",))
-    assert seen is not None
     assert seen.stages[2].trainable == (
         "image.stem",
         "image.block.0",

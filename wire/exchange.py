@@ -2,12 +2,11 @@
 
 Rules:
 - The receiver leads. It asks for a window of chunks, for more as they come in, and again for what has not
-  come after a while. So a slow device is never flooded, the broker's queues stay short, and whatever is
-  lost on either side is asked for once more. What waits to be read may be what it would ask for, so it
-  reads first.
+  come after a while, so whatever is lost on either side is asked for once more. What waits to be read may
+  be what it would ask for, so it reads first.
 - What has come of a blob stays on disk, so a fetch that was broken off goes on where it was.
-- A sender sends only what was `offer`ed. A chunk goes out once to all who fetch its blob, and again only to
-  who asks again.
+- A sender sends only what was `offer`ed. A chunk goes out once to all who fetch its blob, at the pace of
+  the quickest, and again only to who asks again.
 - At most `SENDING` packets wait for the broker's acknowledgement.
 
 Next: `wire/transfer.py`, the bookkeeping; `wire/mqtt.py`, the connection.

@@ -133,7 +133,7 @@ class Graph(msgspec.Struct, frozen=True):
     program: str | None = None
 
 
-class Partial(msgspec.Struct, frozen=True):
+class PartialStep(msgspec.Struct, frozen=True):
     """A stage's train step for a client that has only these `modalities`; other fields as of `Stage`."""
 
     modalities: tuple[str, ...]
@@ -175,10 +175,10 @@ class Stage(msgspec.Struct, frozen=True):
     classifier: Graph | None = None
     micro_batch_size: Annotated[int, msgspec.Meta(ge=0, le=2**16)] = 0
     expected_peak_bytes: Count = 0
-    partials: tuple[Partial, ...] = ()
+    partials: tuple[PartialStep, ...] = ()
 
     @property
-    def steps(self) -> tuple[Stage | Partial, ...]:
+    def steps(self) -> tuple[Stage | PartialStep, ...]:
         """The train step, and those of parts of it."""
         return (self, *self.partials)
 

@@ -9,23 +9,24 @@ Clients of unequal depth: DepthFL, Kim et al., ICLR 2023. Next: `edge_client/ses
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import msgspec
 
 from wire.errors import UserError
-from wire.manifest import Manifest, Partial, Stage
+from wire.manifest import Manifest, PartialStep, Stage
 
 
-def with_modalities(manifest: Manifest, modalities: Collection[str]) -> Manifest | None:
-    """For a client that has only these modalities; None where the bundle has no train steps for it."""
-    if set(modalities) >= manifest.modalities.keys():
+def modality_sets(manifest: Manifest) -> list[tuple[str, ...]]:
+    """The sets of modalities that a client may train with, all of them first."""
+    return [tuple(manifest.modalities), *(one.modalities for one in manifest.stages[0].partials)]
+
+
+def with_modalities(manifest: Manifest, modalities: tuple[str, ...]) -> Manifest:
+    """For a client that has only these modalities, of `modality_sets`."""
+    if modalities == tuple(manifest.modalities):
         return manifest
     stages = []
     for stage in manifest.stages:
-        step = next((one for one in stage.partials if set(one.modalities) == set(modalities)), None)
-        if step is None:
-            return None
+        step = next(one for one in stage.partials if one.modalities == modalities)
         segments = {name: graph for name, graph in stage.segments.items() if name in modalities}
         encoders = {name: graph for name, graph in stage.encoders.items() if name in modalities}
         stages.append(_training(stage, step, segments=segments, encoders=encoders, partials=()))
@@ -69,7 +70,7 @@ def _within(stages: tuple[Stage, ...], max_bytes: int) -> Stage:
     )
 
 
-def _training(stage: Stage, step: Stage | Partial, **changes: object) -> Stage:
+def _training(stage: Stage, step: Stage | PartialStep, **changes: object) -> Stage:
     """The stage with another train step."""
     return msgspec.structs.replace(
         stage,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wire.errors import Malformed, UserError
 from wire.manifest import BlobRef
@@ -131,12 +131,55 @@ class Missing:
         self._asked.clear()
 
 
+@dataclass
+class _Sending:
+    """A blob that peers ask for.
+
+    owed: chunk -> who wants it, in order. sent: chunks that have gone out. peers: all that have asked.
+    coming: peer -> chunks that went out to all before it asked for them -> whether it has asked by now.
+    """
+
+    owed: dict[int, dict[str, None]] = field(default_factory=dict)
+    sent: set[int] = field(default_factory=set)
+    peers: set[str] = field(default_factory=set)
+    coming: dict[str, dict[int, bool]] = field(default_factory=dict)
+
+    def ask(self, peer: str, index: int) -> None:
+        coming = self.coming.get(peer, {})
+        if coming.get(index):
+            coming.clear()  # it asks again: what was on its way is lost
+        if index in coming:
+            coming[index] = True
+        else:
+            self.owed.setdefault(index, {})[peer] = None
+
+    def send(self) -> tuple[int, str | None]:
+        """The next chunk and its one receiver, or None for all."""
+        index = next(iter(self.owed))
+        wanted_by = self.owed.pop(index)
+        waiting = set(wanted_by).union(*self.owed.values())
+        if index in self.sent and (len(wanted_by) == 1 or len(wanted_by) < MANY * len(waiting)):
+            peer = next(iter(wanted_by))
+            del wanted_by[peer]
+            if wanted_by:
+                self.owed[index] = wanted_by
+            return index, peer
+        if index not in self.sent:
+            for peer in self.peers - wanted_by.keys():
+                self.coming.setdefault(peer, {})[index] = False
+        self.sent.add(index)
+        return index, None
+
+
 class Owed:
-    """Which chunks a sender owes to whom, in the order in which they were asked for."""
+    """Which chunks a sender owes to whom. Blobs take turns, and so do those who wait for a chunk.
+
+    The first time a chunk goes to all who fetch its blob, at the pace of the quickest. A slower one will
+    ask for what is on its way to it; that is answered only if it asks again, for then it was lost.
+    """
 
     def __init__(self) -> None:
-        self._owed: dict[BlobRef, dict[int, set[str]]] = {}
-        self._sent: dict[BlobRef, set[int]] = {}
+        self._blobs: dict[BlobRef, _Sending] = {}
 
     def add(self, peer: str, ref: BlobRef, ranges: Ranges, chunk_bytes: int) -> None:
         """`peer` asks for these. Raises `Malformed` for ranges that the blob does not have."""
@@ -145,37 +188,27 @@ class Owed:
             raise Malformed(f"a range beyond the end of {ref.sha256[:16]}")
         if sum(end - first for first, end in ranges) > last:  # a message has room for thousands of ranges
             raise Malformed(f"more chunks than {ref.sha256[:16]} has")
-        if not ranges:
-            return
-        chunks = self._owed.setdefault(ref, {})
+        sending = self._blobs.setdefault(ref, _Sending())
+        sending.peers.add(peer)
         for first, end in ranges:
             for index in range(first, end):
-                chunks.setdefault(index, set()).add(peer)
+                sending.ask(peer, index)
 
     def next(self) -> tuple[BlobRef, int, str | None] | None:
-        """The next chunk to send, and to whom; it is owed no longer to them.
+        """The next chunk to send, and to whom: one peer, or None for all who fetch the blob.
 
-        None: to all who fetch the blob. That is so the first time, for who has not asked yet will, and when
-        many of those who wait for something of it want it again; else it goes to one of them.
+        It is owed no longer to them. Again it goes to all when many of those who wait for something of the
+        blob want it.
         """
-        for ref, chunks in self._owed.items():
-            index, peers = next(iter(chunks.items()))
-            sent = self._sent.setdefault(ref, set())
-            many = len(peers) > 1 and len(peers) >= MANY * len(set().union(*chunks.values()))
-            peer = None if many or index not in sent else min(peers)
-            sent.add(index)
-            peers -= set(peers) if peer is None else {peer}
-            if not peers:
-                del chunks[index]
-            if not chunks:
-                del self._owed[ref]
-            return ref, index, peer
+        for ref, sending in self._blobs.items():
+            if sending.owed:
+                self._blobs[ref] = self._blobs.pop(ref)  # the next turn is another's
+                return ref, *sending.send()
         return None
 
     def drop(self, ref: BlobRef) -> None:
         """Nobody gets the rest of it."""
-        self._owed.pop(ref, None)
-        self._sent.pop(ref, None)
+        self._blobs.pop(ref, None)
 
 
 def as_ranges(indices: Sequence[int] | Iterable[int]) -> Ranges:

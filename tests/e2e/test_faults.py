@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from programs import CLIENTS, Aggregator, Programs, Started, paused, until
 
-from aggregator.events import ClientLeft, RoundClosed, RoundOpened, RunClosed, UpdateAccepted
+from aggregator.events import ClientLeft, RoundClosed, RoundOpened, RunClosed, RunOpened, UpdateAccepted
 from wire.manifest import MANIFEST_NAME
 from wire.messages import RoundKey
 
@@ -158,15 +158,29 @@ def test_stages_end_when_they_no_longer_improve_also_after_a_restart(
     longer = shutil.copytree(bundle, tmp_path / "longer")
     manifest = (longer / MANIFEST_NAME).read_text()
     (longer / MANIFEST_NAME).write_text(manifest.replace('"rounds": 2', '"rounds": 9'))
-    options = ("--bundle", str(longer), "--holdout", str(data / "holdout"))
-    options += ("--rounds", "auto", "--patience", "1", "--learning-rate", "1e-30")
-    aggregator = programs.aggregator(broker.url, "run", *ALL, *options)
+    options = ("--bundle", str(longer), "--rounds", "auto", "--patience", "1", "--learning-rate", "1e-30")
+    holdout = ("--holdout", str(data / "holdout"))
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *options, *holdout)
     programs.clients(broker.url)
     aggregator.until_a(RoundClosed, RoundKey(0, 1))
     aggregator.kill()
-    aggregator = programs.aggregator(broker.url, "run", *ALL, *options, "--resume")
+    aggregator = programs.aggregator(broker.url, "run", *ALL, *options, *holdout, "--resume")
     aggregator.until_a(RunClosed)
-    assert keys(aggregator) == [RoundKey(1, 0), RoundKey(1, 1)]
+    done = aggregator.rows("SELECT stage, round FROM rounds ORDER BY stage, round")
+    assert done == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_run_is_not_resumed_with_other_calibration(
+    programs: Programs, broker: Started, data: Path
+) -> None:
+    calibrated = ("--calibration", str(data / "holdout"))
+    first = programs.aggregator(broker.url, "run", *ALL, *calibrated)
+    first.until_a(RunOpened)
+    first.kill()
+    for options in ((), ("--calibration", str(data / "clients" / "ann"))):
+        again = programs.aggregator(broker.url, "run", *ALL, *options, "--resume")
+        assert again.end() == 2
+        assert "of another bundle or other settings" in again.text()
 
 
 def test_a_client_killed_in_the_middle_of_its_training_goes_on_there(

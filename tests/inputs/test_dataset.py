@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 from example_folder import CLASSES, LENGTH, ROWS, SIZE, Open, write_csv
 
+from inputs.dataset import fullest
 from inputs.readers import READERS, make_reader
 from wire.errors import Malformed, UserError
 from wire.manifest import Modality, TensorSpec
@@ -225,3 +226,37 @@ def test_the_classes_decide_the_labels(open_dataset: Open) -> None:
     labels = open_dataset().labels
     assert labels is not None
     assert [CLASSES[label] for label in labels] == [row["label"] for row in ROWS]
+
+
+BOTH, IMAGE, TEXT = ("image", "text"), ("image",), ("text",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([("a.png", "a fox")] * 3, BOTH),
+        ([("a.png", "")] * 3, IMAGE),
+        ([("", "a fox")] * 3, TEXT),
+        ([("a.png", "a fox")] + [("", "a fox")] * 9, TEXT),  # one cell does not decide over the rest
+        ([("a.png", "a fox")] * 2 + [("a.png", "")], IMAGE),
+        ([("a.png", "")] * 3 + [("", "a fox")] * 2, IMAGE),
+        ([("", "")], BOTH),  # which the data set then refuses
+    ],
+)
+def test_the_modalities_that_most_rows_have(
+    tmp_path: Path, rows: list[tuple[str, str]], expected: tuple[str, ...]
+) -> None:
+    lines = ["image,caption", *(f"{image},{text}" for image, text in rows)]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    columns = {"text": "caption"}
+    assert fullest(tmp_path, [BOTH, IMAGE, TEXT], columns) == expected
+    assert fullest(tmp_path, [BOTH], columns) == BOTH
+
+
+def test_a_column_that_is_not_there_is_a_modality_that_is_not_there_unless_it_was_named(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "table.csv").write_text("image,caption\na.png,a fox\n")
+    assert fullest(tmp_path, [BOTH, IMAGE, TEXT]) == IMAGE
+    with pytest.raises(UserError, match="no column 'captoin', only 'image', 'caption'"):
+        fullest(tmp_path, [BOTH, IMAGE, TEXT], {"text": "captoin"})

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from small_world import World
 
 from edge_client.engines import ONNX, open_engine
 from lamina.calibration import Calibration
+from wire.errors import UserError
 from wire.tensors import Arrays
 
 
@@ -45,3 +47,12 @@ def test_it_lowers_the_loss_and_leaves_the_rest(world: World, tmp_path: Path, st
             engine.load(values)
             losses.append(engine.evaluate(features.batch(range(len(features))))["loss"])
     assert losses[1] < losses[0]
+
+
+def test_a_bundle_that_no_engine_here_can_train_is_told_before_anything_starts(
+    world: World, tmp_path: Path
+) -> None:
+    stages = tuple(replace(stage, engines={"another": {}}) for stage in world.manifest.stages)
+    manifest = replace(world.manifest, stages=stages)
+    with pytest.raises(UserError, match="no engine runs here, of another"):
+        Calibration(world.folder, manifest, world.dataset(tmp_path / "inputs"), tmp_path, 1, 1)

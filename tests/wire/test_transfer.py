@@ -158,18 +158,56 @@ def test_what_several_want_is_owed_once() -> None:
 def test_what_was_sent_goes_again_to_all_only_if_many_want_it() -> None:
     ref, _ = blob(4 * DATA)
     owed = Owed()
-    owed.add("a", ref, ((0, 4),), SIZE)
+    for peer in "abcdefghi":
+        owed.add(peer, ref, ((0, 4),), SIZE)
     assert drain(owed) == [(ref, index, None) for index in range(4)]
-    for peer in "ab":
+    for peer in "ba":
         owed.add(peer, ref, ((1, 2),), SIZE)
     for peer in "abcdefghi":
         owed.add(peer, ref, ((3, 4),), SIZE)
-    assert drain(owed) == [(ref, 1, "a"), (ref, 1, "b"), (ref, 3, None)]
+    assert drain(owed) == [(ref, 1, "b"), (ref, 3, None), (ref, 1, "a")]
     owed.add("a", ref, ((2, 3),), SIZE)
     assert drain(owed) == [(ref, 2, "a")]
     owed.drop(ref)
     owed.add("a", ref, ((2, 3),), SIZE)
     assert drain(owed) == [(ref, 2, None)]
+
+
+def test_what_is_on_its_way_to_a_slow_peer_is_not_sent_again_before_it_is_missed() -> None:
+    ref, _ = blob(6 * DATA)
+    owed = Owed()
+    for peer in ("fast", "slow"):
+        owed.add(peer, ref, ((0, 2),), SIZE)
+    owed.add("fast", ref, ((2, 6),), SIZE)
+    assert drain(owed) == [(ref, index, None) for index in range(6)]
+    owed.add("slow", ref, ((2, 4),), SIZE)
+    assert owed.next() is None
+    owed.add("slow", ref, ((3, 4),), SIZE)
+    assert drain(owed) == [(ref, 3, "slow")]
+    owed.add("slow", ref, ((4, 6),), SIZE)  # what is lost is not lost alone
+    assert drain(owed) == [(ref, 4, "slow"), (ref, 5, "slow")]
+    owed.add("late", ref, ((0, 2),), SIZE)
+    assert drain(owed) == [(ref, 0, "late"), (ref, 1, "late")]
+
+
+def test_nobody_waits_for_ever_for_one_who_asks_again_and_again() -> None:
+    one, two = blob(4 * DATA)[0], blob(5 * DATA)[0]
+    owed = Owed()
+    for peer in "abcdefghijkl":
+        owed.add(peer, one, ((0, 2),), SIZE)
+    drain(owed)
+    for peer in ("a", "z"):
+        owed.add(peer, one, ((0, 1),), SIZE)
+    for peer in "bcdefghijkl":
+        owed.add(peer, one, ((1, 2),), SIZE)
+    owed.add("z", two, ((0, 1),), SIZE)
+    sent = []
+    for _ in range(4):
+        item = owed.next()
+        assert item is not None
+        sent.append(item)
+        owed.add("a", one, ((0, 1),), SIZE)
+    assert sent == [(one, 0, "a"), (two, 0, None), (one, 1, None), (one, 0, None)]
 
 
 def test_what_is_asked_for_first_goes_first_and_can_be_dropped() -> None:
