@@ -72,6 +72,13 @@ def division(clients: int, partitions: Sequence[Partition], text: str, out: str)
                     help="The share of the clients, 0 to 1, whose examples lack one modality.",
                 ),
                 click.option(
+                    "--public",
+                    default=0.0,
+                    show_default=True,
+                    metavar="SHARE",
+                    help="The share of the examples that no client has, in the folder public.",
+                ),
+                click.option(
                     "--seed",
                     default=0,
                     show_default=True,

@@ -26,7 +26,7 @@ from lamina.data.damage import Array, Damage, as_png
 from lamina.data.digits_sources import PICTURES, RECORDINGS, read_pictures, read_recordings
 from lamina.data.folder import Prepared, Row, as_npy, find, write
 from lamina.data.missing import lacking, missing_argument
-from lamina.data.partition import Partition, deal, lot
+from lamina.data.partition import Partition, deal, lot, set_aside
 from lamina.data.registry import Progress, fetch
 from wire.errors import UserError
 
@@ -58,6 +58,7 @@ def prepare_digits(
     seed: int = 0,
     examples: int = NUM_TRAINING,
     missing_modality: float = 0.0,
+    public: float = 0.0,
     progress: Progress = lambda _what, _done, _of: None,
 ) -> Prepared:
     """Write `out`, or find it ready. The columns are image, audio, label (the digit) and group (all).
@@ -77,6 +78,7 @@ def prepare_digits(
         "seed": seed,
         "examples": examples,
         **missing_argument(missing_modality),
+        **({"public": float(public)} if public else {}),
     }
     if ready := find(out, "digits", arguments, _SOURCES):
         return ready
@@ -86,6 +88,9 @@ def prepare_digits(
     )
     damage = Damage.fit([pair.picture for pair in training], [pair.recording for pair in training])
     chosen = _first_of_each(training, examples)
+    aside, private = set_aside([pair.digit for pair in chosen], public, seed)
+    shared = {"public": [_row(chosen[index], damage) for index in aside]} if aside else {}
+    chosen = [chosen[index] for index in private]
     dealt = deal(
         [pair.digit for pair in chosen],
         [pair.digit for pair in chosen],
@@ -100,7 +105,7 @@ def prepare_digits(
         arguments,
         _SOURCES,
         {name: [_row(chosen[index], damage) for index in indices] for name, indices in dealt.items()},
-        {"holdout": [_row(pair, damage) for pair in held_out]},
+        {"holdout": [_row(pair, damage) for pair in held_out], **shared},
         _CHANGES,
         lacking(list(dealt), MODALITIES, missing_modality, seed),
     )

@@ -25,7 +25,7 @@ import numpy as np
 from lamina.data.emoji_sources import NAMES, STYLES, Concept, Style, read_concepts, render
 from lamina.data.folder import Prepared, Row, find, write
 from lamina.data.missing import lacking, missing_argument
-from lamina.data.partition import Partition, deal, lot
+from lamina.data.partition import Partition, deal, lot, set_aside
 from lamina.data.registry import Progress, fetch
 from wire.errors import UserError
 
@@ -66,6 +66,7 @@ def prepare_emoji(
     progress: Progress = lambda _what, _done, _of: None,
     *,
     missing_modality: float = 0.0,
+    public: float = 0.0,
 ) -> Prepared:
     """Write `out`, or find it ready. The columns are image, text, label and group (the style).
 
@@ -87,6 +88,7 @@ def prepare_emoji(
         "seed": seed,
         "size_px": size_px,
         **missing_argument(missing_modality),
+        **({"public": float(public)} if public else {}),
     }
     if ready := find(out, "emoji", arguments, sources):
         return ready
@@ -94,6 +96,10 @@ def prepare_emoji(
     concepts = read_concepts(archives[NAMES.name])
     styles = {name: Style(archives[package.name], concepts) for name, package in packages.items()}
     training, held_out = _split(_draw(styles, concepts, size_px, progress))
+    aside, private = set_aside([p.concept.group for p in training], public, seed)
+    if aside:
+        held_out["public"] = [training[index] for index in aside]
+    training = [training[index] for index in private]
     labels, in_style = [p.concept.group for p in training], [p.style for p in training]
     dealt = deal(labels, in_style, clients, partition, alpha, np.random.default_rng(seed))
     return write(

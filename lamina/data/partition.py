@@ -21,6 +21,7 @@ from wire.errors import UserError
 
 MIN_EXAMPLES = 10
 _ALPHA = (1e-3, 1e6)
+_PUBLIC = 2  # beside the seed: who deals the rest draws other numbers
 
 Indices = npt.NDArray[np.int64]
 Partition = Literal["natural", "iid", "dirichlet"]
@@ -51,6 +52,22 @@ def deal(
     )
     digits = len(str(clients))
     return {f"client-{place:0{digits}}": share for place, share in enumerate(shares, 1)}
+
+
+def set_aside(labels: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """That share of each label's examples, to be public, and the others, both ascending.
+
+    Raises `UserError` for a share that is none.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"a public share of {share}", "take --public from 0 to less than 1")
+    rng = np.random.default_rng([seed, _PUBLIC])
+    public: set[int] = set()
+    of_label = np.array(labels)
+    for label in sorted(set(labels)):
+        members = rng.permutation(np.flatnonzero(of_label == label)).tolist()
+        public.update(members[: round(share * len(members))])
+    return sorted(public), [index for index in range(len(labels)) if index not in public]
 
 
 def lot(kind: str, name: str) -> float:

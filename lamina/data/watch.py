@@ -19,7 +19,7 @@ import numpy as np
 
 from lamina.data.folder import Prepared, Row, as_npy, find, write
 from lamina.data.missing import lacking, missing_argument
-from lamina.data.partition import Partition, deal
+from lamina.data.partition import Partition, deal, set_aside
 from lamina.data.registry import Progress, fetch
 from lamina.data.watch_sources import RECORDINGS, Recording, read_recordings
 from wire.errors import UserError
@@ -40,6 +40,7 @@ def prepare_watch(
     seed: int = 0,
     fold: int = 0,
     missing_modality: float = 0.0,
+    public: float = 0.0,
     progress: Progress = lambda _what, _done, _of: None,
 ) -> Prepared:
     """Write `out`, or find it ready. The columns: accelerometer, gyroscope, label, group (the person).
@@ -58,6 +59,7 @@ def prepare_watch(
         "seed": seed,
         "fold": fold,
         **missing_argument(missing_modality),
+        **({"public": float(public)} if public else {}),
     }
     if ready := find(out, "watch", arguments, _SOURCES):
         return ready
@@ -66,6 +68,9 @@ def prepare_watch(
     held_out = people[fold * PEOPLE_IN_FOLD : (fold + 1) * PEOPLE_IN_FOLD]
     rows = list(_rows(recordings))
     training = [row for row in rows if row.cells["group"] not in held_out]
+    aside, private = set_aside([row.cells["label"] for row in training], public, seed)
+    shared = {"public": [training[index] for index in aside]} if aside else {}
+    training = [training[index] for index in private]
     dealt = deal(
         [row.cells["label"] for row in training],
         [row.cells["group"] for row in training],
@@ -80,7 +85,7 @@ def prepare_watch(
         arguments,
         _SOURCES,
         {name: [training[index] for index in indices] for name, indices in dealt.items()},
-        {"holdout": [row for row in rows if row.cells["group"] in held_out]},
+        {"holdout": [row for row in rows if row.cells["group"] in held_out], **shared},
         _CHANGES,
         lacking(list(dealt), MODALITIES, missing_modality, seed),
     )

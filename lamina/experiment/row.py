@@ -124,7 +124,7 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
         features=("--feature-dtype", settings["feature_dtype"], *limit),
         memory_budget=None,
         broker=broker,
-        calibration=None,
+        calibration=data.origin / "public" if settings["calibration"] else None,
         plan=plan,
         client_processes=settings["client_processes"],
     )

@@ -41,12 +41,18 @@ Values = dict[str, Any]
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
-    """A whole number, or a list of them, one a stage."""
+    """A whole number, or a list of them, one a stage; or one of some words."""
 
     name = "integer or list"
 
+    def __init__(self, *words: str) -> None:
+        self.words = words
+        self.expected = ", ".join([*words, "a whole number, or a list of one a stage"])
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As it is. Fails for anything else."""
+        if value in self.words:
+            return value
         each = value if isinstance(value, list) and value else [value]
         if not all(type(one) is int and one >= 0 for one in each):
             self.fail(f"{value!r} is no whole number, nor a list of one a stage", param, ctx)
@@ -72,6 +78,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer cl
 @click.option(
     "--data-seed", type=click.IntRange(min=0), help="Of the partition.  [default: the row's seed]"
 )
+@click.option("--calibration/--no-calibration", default=False, help="On the data set's public examples.")
 @click.option("--client-processes", type=click.IntRange(min=0), default=0, help="0: one for each client.")
 def _row(**_values: Any) -> None:
     """Every setting but those of a data set."""
@@ -91,11 +98,11 @@ def _defaults(command: click.Command, options: Mapping[str, click.Option]) -> Va
     return {name: parsed[str(option.name)] for name, option in options.items()}
 
 
-OWN = _named(_row, (*TABLES, "seed", "max_feature_mb", "calibration_epochs"))
+OWN = _named(_row, (*TABLES, "seed", "max_feature_mb"))
 """Name -> option, without those of a data set."""
 OWN |= {
     "schedule": click.Option(["--schedule"], type=click.Choice(SCHEDULES)),
-    "rounds": click.Option(["--rounds"], type=Numbers()),
+    "rounds": click.Option(["--rounds"], type=Numbers("auto")),
 }
 
 DEFAULTS = _defaults(_row, OWN)
@@ -229,7 +236,7 @@ def _expected(option: click.Option) -> tuple[tuple[type, ...], str]:
     if option.is_flag:
         return (bool,), "true or false"
     if isinstance(kind, Numbers):
-        return (int, list), "a whole number, or a list of one a stage"
+        return (int, list, str) if kind.words else (int, list), kind.expected
     if isinstance(kind, click.types.IntParamType):
         return (int,), "a whole number"
     if isinstance(kind, click.types.FloatParamType):

@@ -113,8 +113,10 @@ class Shared:
             await processes.run(folder.name, *arguments)
 
 
-def rounds_a_stage(bundle: Path, settings: Values) -> int:
+def rounds_a_stage(bundle: Path, settings: Values) -> int | str:
     """As the aggregator takes it: 0 where the bundle says it. Raises `UserError`."""
+    if settings["rounds"] == "auto":
+        return "auto"
     if settings["total_rounds"] is None:
         return 0 if isinstance(settings["rounds"], list) else int(settings["rounds"])
     stages = len(read_manifest(bundle)[0].stages)

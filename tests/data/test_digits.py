@@ -106,6 +106,17 @@ def test_the_hold_out_is_the_same_whatever_is_asked(tmp_path: Path, out: Path) -
     assert few < all_of_them
 
 
+def test_public_examples_are_no_clients(tmp_path: Path, out: Path) -> None:
+    whole, some = prepare(out), prepare(tmp_path / "some", public=0.25)
+    trained, held_out = contents(some, "image")
+    public = [(some.folder / "public" / row["image"]).read_bytes() for row in read(some.folder / "public")]
+    assert len(public) == round(0.25 * len(contents(whole, "image")[0]))
+    assert sorted(trained + public) == sorted(contents(whole, "image")[0])
+    assert held_out == contents(whole, "image")[1]
+    assert some.inventory.held_out["public"] == {"all": len(public)}
+    assert "public" not in whole.inventory.arguments
+
+
 def test_another_seed_deals_the_same_examples_differently(tmp_path: Path, out: Path) -> None:
     dealt = [prepare(tmp_path / str(seed), 2, partition="iid", seed=seed) for seed in (0, 1)]
     assert sorted(contents(dealt[0], "image")[0]) == sorted(contents(dealt[1], "image")[0])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.data.partition import MIN_EXAMPLES, Indices, by_group, dirichlet, iid
+from lamina.data.partition import MIN_EXAMPLES, Indices, by_group, dirichlet, iid, set_aside
 from wire.errors import UserError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -26,6 +26,22 @@ def everyone_once(parts: list[Indices], num_examples: int) -> bool:
 
 def same(left: list[Indices], right: list[Indices]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@given(LABELS, st.floats(0, 0.99), st.integers(0, 2**31 - 1))
+def test_a_share_of_each_label_is_set_aside(labels: list[str], share: float, seed: int) -> None:
+    public, private = set_aside(labels, share, seed)
+    assert sorted(public + private) == list(range(len(labels)))
+    assert (public, private) == (sorted(public), sorted(private))
+    for label in set(labels):
+        assert [labels[index] for index in public].count(label) == round(share * labels.count(label))
+    assert set_aside(labels, share, seed) == (public, private)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_public_share_out_of_range(share: float) -> None:
+    with pytest.raises(UserError, match="a public share of"):
+        set_aside(["a"] * 20, share, 0)
 
 
 @given(st.integers(60, 500), CLIENTS, SEEDS)

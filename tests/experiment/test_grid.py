@@ -80,6 +80,8 @@ def test_tables_of_one_name_are_one_grid_and_equal_rows_are_one(tmp_path):
 def test_a_list_is_a_value_in_base_and_choices_in_a_grid(tmp_path):
     rows = read(tmp_path, BASE.replace("rounds = 2", "rounds = [1, 2, 3, 4]")).rows.values()
     assert {str(row.settings["rounds"]) for row in rows} == {"[1, 2, 3, 4]"}
+    rows = read(tmp_path, BASE.replace("rounds = 2", 'rounds = "auto"')).rows.values()
+    assert {row.settings["rounds"] for row in rows} == {"auto"}
     text = BASE.replace('schedule = ["end_to_end", "layerwise"]', "rounds = [[1, 2, 3, 4], 5]")
     rows = read(tmp_path, text).rows.values()
     assert [row.settings["rounds"] for row in rows][::4] == [[1, 2, 3, 4], 5]
