@@ -248,7 +248,7 @@ class Run:
             if not await within(deadline_s, collection.until_complete()):
                 missing = collection.missing
                 extra = {"missing": missing}
-                log.info("%s: the deadline is there, %s are missing", key, ", ".join(missing), extra=extra)
+                log.info("%s: the deadline is there, missing: %s", key, ", ".join(missing), extra=extra)
             if len(collection.accepted) >= self._plan.min_updates:
                 return
             # Not before its time, even if all have been refused: they would send the same again.
@@ -362,6 +362,8 @@ class Run:
     def _tell_opened(self, last: RoundKey | None) -> None:
         stages = range(len(self._manifest.stages))
         counts = parameter_counts(self._manifest)
+        opened = self._books.opened()
+        next_round = opened[0].key if opened else last and RoundKey(last.stage, last.round + 1)
         self._tell(
             RunOpened(
                 run=self.link.run,
@@ -372,6 +374,6 @@ class Run:
                     for stage in stages
                 ),
                 min_available_clients=self._plan.min_available_clients,
-                resumed=None if last is None else RoundKey(last.stage, last.round + 1),
+                resumed=next_round,
             )
         )

@@ -240,7 +240,7 @@ def test_clients_with_less_room_than_they_need_train_the_same_model(
     for client in CLIENTS:
         told = (folder / "logs" / f"{client}.log").read_text()
         assert told.count("each batch computes its own") == 4
-        assert told.count("MB of memory, 1 MB were expected") == 6
+        assert 1 <= told.count("MB of memory, 1 MB were expected") < 6, "not in every round"
         assert list((folder / "clients" / client / "features").iterdir()) == []
         assert "were expected" not in (roomy / "logs" / f"{client}.log").read_text()
     # What was frozen is fetched once, not again in each round, which would be a third more.
