@@ -9,10 +9,12 @@ command here and a line in `lamina/data/sets.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -38,10 +40,22 @@ def prepare() -> None:
     end_with_parent()
 
 
-def division(clients: int, partitions: Sequence[Partition], text: str, out: str) -> Callable[[F], F]:
-    """What all data sets are asked: who gets what, and where it goes. partitions: the default first."""
+def divided(clients: int, partitions: Sequence[Partition], text: str, out: str) -> Callable[[F], F]:
+    """What all data sets are asked: who gets what, as one argument `division`, and where it goes.
+
+    partitions: the default first.
+    """
+    from lamina.data.division import Division
+
+    names = {field.name for field in fields(Division)}
 
     def add(function: F) -> F:
+        @functools.wraps(function)
+        def together(*arguments: Any, **options: Any) -> Any:
+            division = Division(**{name: options.pop(name) for name in names})
+            return function(*arguments, division=division, **options)
+
+        decorated: Any = together
         for option in reversed(
             (
                 click.option(
@@ -94,14 +108,14 @@ def division(clients: int, partitions: Sequence[Partition], text: str, out: str)
                 click.option("--json", "as_json", is_flag=True, help="Print the inventory as JSON."),
             )
         ):
-            function = option(function)
-        return function
+            decorated = option(decorated)
+        return cast(F, decorated)
 
     return add
 
 
 @prepare.command()
-@division(
+@divided(
     7,
     ("natural", "iid", "dirichlet"),
     "A drawing style each; at random; or skewed by label.",
@@ -118,7 +132,7 @@ def emoji(out: Path, *, as_json: bool, **arguments: Any) -> None:
 
 
 @prepare.command()
-@division(
+@divided(
     10,
     ("dirichlet", "iid"),
     "Skewed by digit, or at random: no recording tells its speaker.",
@@ -135,7 +149,7 @@ def digits(out: Path, *, as_json: bool, **arguments: Any) -> None:
 
 
 @prepare.command()
-@division(
+@divided(
     8, ("natural", "iid", "dirichlet"), "A person each; at random; or skewed by exercise.", "data/watch"
 )
 @click.option(

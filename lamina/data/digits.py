@@ -16,17 +16,15 @@ Next: `lamina/data/digits_sources.py`, the packages; `lamina/data/damage.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lamina.data.damage import Array, Damage, as_png
 from lamina.data.digits_sources import PICTURES, RECORDINGS, read_pictures, read_recordings
+from lamina.data.division import Division
 from lamina.data.folder import Prepared, Row, as_npy, find, write
-from lamina.data.missing import lacking, missing_argument
-from lamina.data.partition import Partition, deal, lot, set_aside
+from lamina.data.partition import lot
 from lamina.data.registry import Progress, fetch
 from wire.errors import UserError
 
@@ -52,34 +50,21 @@ class _Pair:
 
 def prepare_digits(
     out: Path,
-    clients: int = 10,
-    partition: Partition = "dirichlet",
-    alpha: float = 0.5,
-    seed: int = 0,
+    division: Division,
     examples: int = NUM_TRAINING,
-    missing_modality: float = 0.0,
-    public: float = 0.0,
     progress: Progress = lambda _what, _done, _of: None,
 ) -> Prepared:
     """Write `out`, or find it ready. The columns are image, audio, label (the digit) and group (all).
 
-    partition: `iid`, at random; `dirichlet`, Dir(alpha) over the digits. examples: to train on, a tenth of
-    them of each digit. missing_modality: the share of clients that lack pictures or recordings.
+    division: `iid`, at random; `dirichlet`, Dir(alpha) over the digits. examples: to train on, a tenth of
+    them of each digit.
     Raises `UserError` for arguments out of range, `out` in use, or packages that cannot be had.
     """
-    if partition == "natural":
+    if division.partition == "natural":
         raise UserError("the digits do not tell who speaks", "choose --partition iid or dirichlet")
     if examples < 10 or examples % 10:
         raise UserError(f"{examples} examples of ten digits", "take a multiple of 10")
-    arguments: dict[str, int | float | str] = {
-        "clients": clients,
-        "partition": partition,
-        "alpha": float(alpha),
-        "seed": seed,
-        "examples": examples,
-        **missing_argument(missing_modality),
-        **({"public": float(public)} if public else {}),
-    }
+    arguments = division.arguments | {"examples": examples}
     if ready := find(out, "digits", arguments, _SOURCES):
         return ready
     archives = fetch(_SOURCES, progress)
@@ -88,26 +73,16 @@ def prepare_digits(
     )
     damage = Damage.fit([pair.picture for pair in training], [pair.recording for pair in training])
     chosen = _first_of_each(training, examples)
-    aside, private = set_aside([pair.digit for pair in chosen], public, seed)
-    shared = {"public": [_row(chosen[index], damage) for index in aside]} if aside else {}
-    chosen = [chosen[index] for index in private]
-    dealt = deal(
-        [pair.digit for pair in chosen],
-        [pair.digit for pair in chosen],
-        clients,
-        partition,
-        alpha,
-        np.random.default_rng(seed),
-    )
+    clients, public = division.divide(chosen, lambda pair: pair.digit, lambda pair: pair.digit)
     return write(
         out,
         "digits",
         arguments,
         _SOURCES,
-        {name: [_row(chosen[index], damage) for index in indices] for name, indices in dealt.items()},
-        {"holdout": [_row(pair, damage) for pair in held_out], **shared},
+        _rows(clients, damage),
+        _rows({"holdout": held_out, **public}, damage),
         _CHANGES,
-        lacking(list(dealt), MODALITIES, missing_modality, seed),
+        division.lacking(list(clients), MODALITIES),
     )
 
 
@@ -147,6 +122,10 @@ def _first_of_each(training: Sequence[_Pair], examples: int) -> list[_Pair]:
             raise UserError(f"{examples} examples, of {len(training)} there are", "take fewer")
         chosen += of_digit[: examples // 10]
     return chosen
+
+
+def _rows(pairs: Mapping[str, Sequence[_Pair]], damage: Damage) -> dict[str, list[Row]]:
+    return {name: [_row(pair, damage) for pair in some] for name, some in pairs.items()}
 
 
 def _row(pair: _Pair, damage: Damage) -> Row:

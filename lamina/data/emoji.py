@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from lamina.data.division import Division
 from lamina.data.emoji_sources import NAMES, STYLES, Concept, Style, read_concepts, render
 from lamina.data.folder import Prepared, Row, find, write
-from lamina.data.missing import lacking, missing_argument
-from lamina.data.partition import Partition, deal, lot, set_aside
+from lamina.data.partition import lot
 from lamina.data.registry import Progress, fetch
 from wire.errors import UserError
 
@@ -58,59 +56,40 @@ class _Picture:
 
 def prepare_emoji(
     out: Path,
-    clients: int = 7,
-    partition: Partition = "natural",
-    alpha: float = 0.5,
-    seed: int = 0,
+    division: Division,
     size_px: int = 64,
     progress: Progress = lambda _what, _done, _of: None,
-    *,
-    missing_modality: float = 0.0,
-    public: float = 0.0,
 ) -> Prepared:
     """Write `out`, or find it ready. The columns are image, text, label and group (the style).
 
-    partition: `natural`, a style each, and for more clients than styles a style divided by Dir(alpha)
+    division: `natural`, a style each, and for more clients than styles a style divided by Dir(alpha)
     over the labels; `iid`, at random; `dirichlet`, Dir(alpha) over the labels.
-    missing_modality: the share of clients that lack the picture or the text (`lamina/data/missing.py`).
     Raises `UserError` for arguments out of range, `out` in use, or packages that cannot be had.
     """
-    if clients < 1 or not 8 <= size_px <= 512:
+    if division.clients < 1 or not 8 <= size_px <= 512:
         raise UserError(
-            f"{clients} clients, {size_px} pixels", "take at least one client and 8 to 512 pixels"
+            f"{division.clients} clients, {size_px} pixels", "take at least one client and 8 to 512 pixels"
         )
-    packages = dict(list(STYLES.items())[:clients])
+    packages = dict(list(STYLES.items())[: division.clients])
     sources = (*packages.values(), NAMES)
-    arguments: dict[str, int | float | str] = {
-        "clients": clients,
-        "partition": partition,
-        "alpha": float(alpha),
-        "seed": seed,
-        "size_px": size_px,
-        **missing_argument(missing_modality),
-        **({"public": float(public)} if public else {}),
-    }
+    arguments = division.arguments | {"size_px": size_px}
     if ready := find(out, "emoji", arguments, sources):
         return ready
     archives = fetch(sources, progress)
     concepts = read_concepts(archives[NAMES.name])
     styles = {name: Style(archives[package.name], concepts) for name, package in packages.items()}
     training, held_out = _split(_draw(styles, concepts, size_px, progress))
-    aside, private = set_aside([p.concept.group for p in training], public, seed)
-    if aside:
-        held_out["public"] = [training[index] for index in aside]
-    training = [training[index] for index in private]
-    labels, in_style = [p.concept.group for p in training], [p.style for p in training]
-    dealt = deal(labels, in_style, clients, partition, alpha, np.random.default_rng(seed))
+    clients, public = division.divide(training, lambda one: one.concept.group, lambda one: one.style)
+    held_out |= public
     return write(
         out,
         "emoji",
         arguments,
         sources,
-        {name: [training[index].row() for index in indices] for name, indices in dealt.items()},
+        {name: [picture.row() for picture in pictures] for name, pictures in clients.items()},
         {name: [picture.row() for picture in pictures] for name, pictures in held_out.items() if pictures},
         _CHANGES.format(size_px=size_px),
-        lacking(list(dealt), MODALITIES, missing_modality, seed),
+        division.lacking(list(clients), MODALITIES),
     )
 
 

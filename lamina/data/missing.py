@@ -13,8 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wire.errors import UserError
-
 _DRAW = 1  # beside the seed: which clients lack something does not hang on how examples were dealt
 
 
@@ -26,13 +24,3 @@ def lacking(clients: Sequence[str], modalities: Sequence[str], share: float, see
     return {
         clients[client]: modalities[(first + turn) % len(modalities)] for turn, client in enumerate(chosen)
     }
-
-
-def missing_argument(share: float) -> dict[str, float]:
-    """The inventory's argument; none for 0, so that what was prepared before there was one is found.
-
-    Raises `UserError` for a share that is none.
-    """
-    if not 0 <= share <= 1:
-        raise UserError(f"a share of {share} of the clients", "take --missing-modality between 0 and 1")
-    return {"missing_modality": float(share)} if share else {}

@@ -55,12 +55,7 @@ def deal(
 
 
 def set_aside(labels: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """That share of each label's examples, to be public, and the others, both ascending.
-
-    Raises `UserError` for a share that is none.
-    """
-    if not 0 <= share < 1:
-        raise UserError(f"a public share of {share}", "take --public from 0 to less than 1")
+    """That share of each label's examples, to be public, and the others, both ascending."""
     rng = np.random.default_rng([seed, _PUBLIC])
     public: set[int] = set()
     of_label = np.array(labels)

@@ -8,32 +8,39 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lamina.data.partition import Partition
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """prepare: a function of the folder, clients and progress. clients: by default. model: a preset."""
+    """prepare: a function of the folder, a division and progress. clients: by default. model: a preset."""
 
     prepare: str
     clients: int
+    partition: Partition
     model: str
 
 
 DATA_SETS = {
-    "emoji": DataSet("lamina.data.emoji:prepare_emoji", clients=4, model="tiny"),
-    "digits": DataSet("lamina.data.digits:prepare_digits", clients=10, model="digits"),
-    "watch": DataSet("lamina.data.watch:prepare_watch", clients=8, model="watch"),
+    "emoji": DataSet("lamina.data.emoji:prepare_emoji", 4, "natural", "tiny"),
+    "digits": DataSet("lamina.data.digits:prepare_digits", 10, "dirichlet", "digits"),
+    "watch": DataSet("lamina.data.watch:prepare_watch", 8, "natural", "watch"),
 }
 
 
 def prepare_with_defaults(name: str, folder: Path, clients: int) -> Path:
     """The data set among so many clients, under `folder`, prepared or found ready."""
     from lamina.data.command import progress_bar
+    from lamina.data.division import Division
 
-    module, _, function = DATA_SETS[name].prepare.partition(":")
+    chosen = DATA_SETS[name]
+    module, _, function = chosen.prepare.partition(":")
     with progress_bar() as progress:
         prepared = getattr(importlib.import_module(module), function)(
-            folder / f"{name}-{clients}", clients, progress=progress
+            folder / f"{name}-{clients}", Division(clients, chosen.partition), progress=progress
         )
     path: Path = prepared.folder
     return path

@@ -15,11 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from lamina.data.division import Division
 from lamina.data.folder import Prepared, Row, as_npy, find, write
-from lamina.data.missing import lacking, missing_argument
-from lamina.data.partition import Partition, deal, set_aside
 from lamina.data.registry import Progress, fetch
 from lamina.data.watch_sources import RECORDINGS, Recording, read_recordings
 from wire.errors import UserError
@@ -34,33 +31,20 @@ _CHANGES = "Changed: cut into windows of 2 seconds, accelerometer and gyroscope 
 
 def prepare_watch(
     out: Path,
-    clients: int = 8,
-    partition: Partition = "natural",
-    alpha: float = 0.5,
-    seed: int = 0,
+    division: Division,
     fold: int = 0,
-    missing_modality: float = 0.0,
-    public: float = 0.0,
     progress: Progress = lambda _what, _done, _of: None,
 ) -> Prepared:
     """Write `out`, or find it ready. The columns: accelerometer, gyroscope, label, group (the person).
 
-    partition: `natural`, a person each, and for more clients than people a person's windows divided by
+    division: `natural`, a person each, and for more clients than people a person's windows divided by
     Dir(alpha) over the exercises; `iid`, at random; `dirichlet`, Dir(alpha) over the exercises.
-    fold: 0 to 4, who is held out. missing_modality: the share of clients that lack one of the sensors.
+    fold: 0 to 4, who is held out.
     Raises `UserError` for arguments out of range, `out` in use, or a package that cannot be had.
     """
     if not 0 <= fold < NUM_FOLDS:
         raise UserError(f"fold {fold}", f"choose 0 to {NUM_FOLDS - 1}")
-    arguments: dict[str, int | float | str] = {
-        "clients": clients,
-        "partition": partition,
-        "alpha": float(alpha),
-        "seed": seed,
-        "fold": fold,
-        **missing_argument(missing_modality),
-        **({"public": float(public)} if public else {}),
-    }
+    arguments = division.arguments | {"fold": fold}
     if ready := find(out, "watch", arguments, _SOURCES):
         return ready
     recordings = read_recordings(fetch(_SOURCES, progress)[RECORDINGS.name])
@@ -68,26 +52,18 @@ def prepare_watch(
     held_out = people[fold * PEOPLE_IN_FOLD : (fold + 1) * PEOPLE_IN_FOLD]
     rows = list(_rows(recordings))
     training = [row for row in rows if row.cells["group"] not in held_out]
-    aside, private = set_aside([row.cells["label"] for row in training], public, seed)
-    shared = {"public": [training[index] for index in aside]} if aside else {}
-    training = [training[index] for index in private]
-    dealt = deal(
-        [row.cells["label"] for row in training],
-        [row.cells["group"] for row in training],
-        clients,
-        partition,
-        alpha,
-        np.random.default_rng(seed),
+    clients, public = division.divide(
+        training, lambda row: row.cells["label"], lambda row: row.cells["group"]
     )
     return write(
         out,
         "watch",
         arguments,
         _SOURCES,
-        {name: [training[index] for index in indices] for name, indices in dealt.items()},
-        {"holdout": [row for row in rows if row.cells["group"] in held_out], **shared},
+        clients,
+        {"holdout": [row for row in rows if row.cells["group"] in held_out], **public},
         _CHANGES,
-        lacking(list(dealt), MODALITIES, missing_modality, seed),
+        division.lacking(list(clients), MODALITIES),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from inputs.dataset import Dataset
 from lamina.data.command import command
 from lamina.data.damage import HIGHEST, LOWEST, Damage, as_png
 from lamina.data.digits import prepare_digits
+from lamina.data.division import Division
 from lamina.data.folder import Prepared
 from models.registry import build
 from wire.errors import UserError
@@ -28,8 +30,8 @@ def out(digit_registry: None, tmp_path: Path) -> Path:
     return tmp_path / "digits"
 
 
-def prepare(out: Path, clients: int = 2, **arguments: object) -> Prepared:
-    return prepare_digits(out, clients, **{"examples": EXAMPLES, **arguments})  # type: ignore[arg-type]
+def prepare(out: Path, clients: int = 2, examples: int = EXAMPLES, **division: Any) -> Prepared:
+    return prepare_digits(out, Division(clients, **{"partition": "dirichlet", **division}), examples)
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -192,9 +194,9 @@ def test_the_command(out: Path) -> None:
         ({"clients": 0}, "0 clients"),
     ],
 )
-def test_what_cannot_be_prepared(out: Path, arguments: dict[str, object], told: str) -> None:
+def test_what_cannot_be_prepared(out: Path, arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        prepare(out, **arguments)  # type: ignore[arg-type]
+        prepare(out, **arguments)
     assert not out.exists()
 
 

@@ -14,7 +14,8 @@ from tiny_registry import PLACE, calls
 
 from inputs.dataset import Dataset
 from lamina.data.command import command
-from lamina.data.emoji import Partition, family, prepare_emoji
+from lamina.data.division import Division
+from lamina.data.emoji import family, prepare_emoji
 from lamina.data.emoji_sources import Concept
 from lamina.data.folder import Prepared
 from wire.errors import UserError
@@ -23,8 +24,8 @@ from wire.manifest import Modality, TensorSpec
 SIZE = 8
 
 
-def prepare(out: Path, clients: int = 2, partition: Partition = "natural", seed: int = 0) -> Prepared:
-    return prepare_emoji(out, clients, partition, seed=seed, size_px=SIZE)
+def prepare(out: Path, clients: int = 2, partition: str = "natural", seed: int = 0) -> Prepared:
+    return prepare_emoji(out, Division(clients, partition, seed=seed), SIZE)  # type: ignore[arg-type]
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -168,7 +169,7 @@ def test_a_place_that_cannot_be_written(registry: Path, tmp_path: Path) -> None:
 
 def test_clients_that_lack_the_picture_or_the_text(tmp_path: Path, out: Path) -> None:
     whole = prepare(tmp_path / "whole", 4, "iid")
-    prepared = prepare_emoji(out, 4, "iid", size_px=SIZE, missing_modality=0.5)
+    prepared = prepare_emoji(out, Division(4, "iid", missing_modality=0.5), SIZE)
     lacking = prepared.inventory.lacking
     assert sorted(lacking.values()) == ["image", "text"]
     for client, column in lacking.items():
@@ -192,7 +193,7 @@ def test_what_was_prepared_by_an_earlier_version_is_found(out: Path) -> None:
 @pytest.mark.parametrize(("clients", "size_px"), [(0, 32), (-1, 32), (2, 0), (2, 100_000)])
 def test_arguments_out_of_range(tmp_path: Path, clients: int, size_px: int) -> None:
     with pytest.raises(UserError):
-        prepare_emoji(tmp_path / "emoji", clients, size_px=size_px)
+        prepare_emoji(tmp_path / "emoji", Division(clients, "natural"), size_px)
 
 
 def test_too_many_clients(out: Path) -> None:

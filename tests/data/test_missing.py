@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lamina.data.division import Division
 from lamina.data.folder import Row
-from lamina.data.missing import lacking, missing_argument
+from lamina.data.missing import lacking
 from wire.errors import UserError
 
 CLIENTS = [f"client-{place}" for place in range(20)]
@@ -51,12 +52,12 @@ def test_seeds_draw_other_clients_and_other_modalities() -> None:
 @pytest.mark.parametrize("share", [-0.01, 1.01, float("nan"), float("inf")])
 def test_a_share_that_is_none(share: float) -> None:
     with pytest.raises(UserError, match="share"):
-        missing_argument(share)
+        Division(4, "iid", missing_modality=share)
 
 
 def test_nothing_missing_is_no_argument() -> None:
-    assert missing_argument(0.0) == {}
-    assert missing_argument(0.5) == {"missing_modality": 0.5}
+    assert "missing_modality" not in Division(4, "iid").arguments
+    assert Division(4, "iid", missing_modality=0.5).arguments["missing_modality"] == 0.5
 
 
 def test_an_example_without_a_modality(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina.data.division import Division
 from lamina.data.partition import MIN_EXAMPLES, Indices, by_group, dirichlet, iid, set_aside
 from wire.errors import UserError
 
@@ -41,7 +42,7 @@ def test_a_share_of_each_label_is_set_aside(labels: list[str], share: float, see
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_public_share_out_of_range(share: float) -> None:
     with pytest.raises(UserError, match="a public share of"):
-        set_aside(["a"] * 20, share, 0)
+        Division(4, "iid", public=share)
 
 
 @given(st.integers(60, 500), CLIENTS, SEEDS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lamina.data.digits import prepare_digits
+from lamina.data.division import Division
 from lamina.data.emoji import prepare_emoji
 from lamina.data.watch import prepare_watch
 
@@ -17,7 +18,7 @@ def test_the_pinned_packages_give_the_known_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    prepared = prepare_emoji(tmp_path / "emoji", clients=2, size_px=32)
+    prepared = prepare_emoji(tmp_path / "emoji", Division(2, "natural"), 32)
     inventory = prepared.inventory
     assert inventory.clients.keys() == {"openmoji", "twemoji"}
     assert all(1000 < count < 1300 for count in inventory.clients.values())
@@ -31,7 +32,7 @@ def test_the_pinned_packages_give_the_known_data_set(
 @pytest.mark.network
 def test_the_real_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    inventory = prepare_digits(tmp_path / "digits").inventory
+    inventory = prepare_digits(tmp_path / "digits", Division(10, "dirichlet")).inventory
     assert inventory.classes == tuple("0123456789")
     assert len(inventory.clients) == 10
     assert sum(inventory.clients.values()) == 2000
@@ -41,7 +42,7 @@ def test_the_real_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.network
 def test_the_real_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    inventory = prepare_watch(tmp_path / "watch").inventory
+    inventory = prepare_watch(tmp_path / "watch", Division(8, "natural")).inventory
     assert inventory.classes == ("ABD", "ER", "FEL", "IR", "PEN", "ROW", "TRAP")
     counts = {"person-03": 305, "person-04": 295, "person-05": 490, "person-06": 478}
     counts |= {"person-07": 524, "person-08": 482, "person-09": 483, "person-10": 519}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny_registry import EXERCISES, PublishWheel, pickled, watch_recordings
 
 from inputs.dataset import Dataset
 from lamina.data.command import command
+from lamina.data.division import Division
 from lamina.data.folder import Prepared
 from lamina.data.partition import Partition
 from lamina.data.watch import prepare_watch
@@ -35,8 +37,14 @@ def rows_of_clients(prepared: Prepared) -> list[dict[str, str]]:
     return [row for name in prepared.inventory.clients for row in read(prepared.client(name))]
 
 
+def prepare(
+    out: Path, clients: int = 8, partition: str = "natural", fold: int = 0, **more: Any
+) -> Prepared:
+    return prepare_watch(out, Division(clients, partition, **more), fold)  # type: ignore[arg-type]
+
+
 def test_a_natural_client_is_a_person(out: Path) -> None:
-    prepared = prepare_watch(out)
+    prepared = prepare(out)
     assert list(prepared.inventory.clients) == [f"person-{number:02}" for number in range(3, 11)]
     for client in prepared.inventory.clients:
         rows = read(prepared.client(client))
@@ -46,7 +54,7 @@ def test_a_natural_client_is_a_person(out: Path) -> None:
 
 
 def test_windows_are_two_seconds_and_overlap_by_half(out: Path) -> None:
-    prepared = prepare_watch(out)
+    prepared = prepare(out)
     seen: dict[tuple[float, ...], list[int]] = {}
     for client in prepared.inventory.clients:
         for row in read(prepared.client(client)):
@@ -73,7 +81,7 @@ def test_windows_are_two_seconds_and_overlap_by_half(out: Path) -> None:
 def test_every_fold_holds_two_others_out(tmp_path: Path, out: Path) -> None:
     held_out: list[str] = []
     for fold in range(5):
-        prepared = prepare_watch(tmp_path / f"fold{fold}", fold=fold)
+        prepared = prepare(tmp_path / f"fold{fold}", fold=fold)
         people = {row["group"] for row in read(prepared.folder / "holdout")}
         assert people == set(prepared.inventory.held_out["holdout"])
         assert len(people) == 2
@@ -84,8 +92,8 @@ def test_every_fold_holds_two_others_out(tmp_path: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet"])
 def test_other_partitions_share_the_same_windows(tmp_path: Path, out: Path, partition: Partition) -> None:
-    natural = prepare_watch(out)
-    other = prepare_watch(tmp_path / partition, 4, partition, seed=3)
+    natural = prepare(out)
+    other = prepare(tmp_path / partition, 4, partition, seed=3)
     assert list(other.inventory.clients) == [f"client-{number}" for number in range(1, 5)]
     key = "accelerometer"
     assert sorted(row[key] for row in rows_of_clients(natural)) == sorted(
@@ -95,12 +103,12 @@ def test_other_partitions_share_the_same_windows(tmp_path: Path, out: Path, part
 
 
 def test_more_natural_clients_than_people(out: Path) -> None:
-    prepared = prepare_watch(out, 9, alpha=100)
+    prepared = prepare(out, 9, alpha=100)
     assert list(prepared.inventory.clients)[:3] == ["person-03-1", "person-03-2", "person-04"]
 
 
 def test_a_client_that_lacks_a_sensor(out: Path) -> None:
-    prepared = prepare_watch(out, missing_modality=0.5)
+    prepared = prepare(out, missing_modality=0.5)
     assert sorted(prepared.inventory.lacking.values()) == ["accelerometer"] * 2 + ["gyroscope"] * 2
     for client, sensor in prepared.inventory.lacking.items():
         assert {row[sensor] for row in read(prepared.client(client))} == {""}
@@ -108,7 +116,7 @@ def test_a_client_that_lacks_a_sensor(out: Path) -> None:
 
 
 def test_the_preset_reads_it(out: Path, tmp_path: Path) -> None:
-    prepared = prepare_watch(out)
+    prepared = prepare(out)
     model = build("watch", classes=len(EXERCISES))
     dataset = Dataset.open(
         out / "holdout",
@@ -145,9 +153,9 @@ def test_the_command(out: Path) -> None:
         ({"clients": 100, "partition": "iid"}, "too few"),
     ],
 )
-def test_what_cannot_be_prepared(out: Path, arguments: dict[str, object], told: str) -> None:
+def test_what_cannot_be_prepared(out: Path, arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        prepare_watch(out, **arguments)  # type: ignore[arg-type]
+        prepare(out, **arguments)
     assert not out.exists()
 
 
