@@ -10,6 +10,7 @@ Next: `edge_client/session.py`, the training; `lamina/local.py`, which starts it
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +26,15 @@ from lamina.options import (
     pairs,
     run_until_stopped,
 )
-from wire.errors import UserError
+from wire.errors import LaminaError, UserError
 from wire.mqtt import Broker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edge_client.device import Device
+
+log = logging.getLogger(__name__)
 
 
 @click.command("clients", hidden=True)
@@ -88,14 +91,22 @@ def command(
 async def host(broker: Broker, devices: Sequence[Device], run: str, at_once: int) -> None:
     """All of them, until the run is over. at_once: how many may train at a time.
 
-    Raises the first error of any, when the others have been stopped.
+    One that ends with an error is told in a line on standard output, and the others go on.
     """
     from edge_client.session import take_part
 
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(at_once, thread_name_prefix="client") as pool:
         loop.set_default_executor(pool)
-        tasks = [asyncio.ensure_future(take_part(broker, device, run)) for device in devices]
+
+        async def one(device: Device) -> None:
+            try:
+                await take_part(broker, device, run)
+            except LaminaError as error:
+                log.warning("%s: %s - %s", device.name, error, error.hint, extra={"client": device.name})
+                click.echo(f"{device.name}: {error}")
+
+        tasks = [asyncio.ensure_future(one(device)) for device in devices]
         try:
             await asyncio.gather(*tasks)
         finally:

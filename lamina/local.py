@@ -15,7 +15,7 @@ Next: `lamina/processes.py`, which keeps them; `aggregator/run.py`, `edge_client
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -133,19 +133,29 @@ async def _aggregate(
 
 async def _keep_clients(run: LocalRun, processes: Processes, url: str, view: Watcher) -> None:
     """For ever. Raises a client's error when fewer are left than the aggregator waits for."""
-    lost: list[str] = []
+    from lamina.processes import ChildFailed
+
+    lost: set[str] = set()
+
+    def lose(clients: Iterable[str], error: LaminaError) -> None:
+        view.note(str(error))
+        lost.update(clients)
+        if len(run.clients) - len(lost) < run.plan["min_available_clients"]:
+            raise error
 
     async def keep(number: int, group: tuple[str, ...]) -> None:
+        alone, name = len(group) == 1, group[0] if len(group) == 1 else f"clients-{number}"
+        command = "client" if alone else "clients"
+        arguments = _client_arguments(run, url, name) if alone else _group_arguments(run, url, group)
+
+        def one_of_them(line: str) -> None:
+            client, _, error = line.partition(": ")
+            lose((client,), UserError(f"{client}: {error}", f"see {processes.log(name)}"))
+
         try:
-            if len(group) == 1:
-                await processes.keep(group[0], "client", *_client_arguments(run, url, group[0]))
-            else:
-                await processes.keep(f"clients-{number}", "clients", *_group_arguments(run, url, group))
-        except LaminaError as error:
-            view.note(str(error))
-            lost.extend(group)
-            if len(run.clients) - len(lost) < run.plan["min_available_clients"]:
-                raise
+            await processes.keep(name, command, *arguments, told=None if alone else one_of_them)
+        except ChildFailed as error:
+            lose(group, error)
 
     await asyncio.gather(*(keep(number, group) for number, group in enumerate(run.groups, 1)))
     await asyncio.Event().wait()  # the aggregator has the last word

@@ -87,10 +87,17 @@ class Processes:
             raise ChildFailed(name, code, self.log(name))
         return output.decode()
 
-    async def keep(self, name: str, *arguments: str) -> None:
-        """Run one to its good end, starting it again when it is killed. Raises `ChildFailed`."""
+    async def keep(self, name: str, *arguments: str, told: Callable[[str], None] | None = None) -> None:
+        """Run one to its good end, starting it again when it is killed. Raises `ChildFailed`.
+
+        told: called with each line of its standard output.
+        """
         while True:
             child = await self.start(name, *arguments)
+            assert child.stdout is not None
+            async for line in child.stdout:
+                if told is not None:
+                    told(line.decode().strip())
             code = await child.wait()
             if code == 0:
                 return

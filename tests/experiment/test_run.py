@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,3 +224,21 @@ def test_a_command_ends_with_its_parent_and_so_do_its_children(tmp_path: Path) -
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+def test_a_hosted_client_that_cannot_train_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
+    partly = shutil.copytree(data, tmp_path / "partly")
+    table = partly / "clients" / CLIENTS[2] / "table.csv"
+    table.write_text(table.read_text().replace("image,text,label", "image,sound,label"))
+    grid = 'name = "few"\nmin_available_clients = {}\nclient_processes = 2\nrounds = 1'
+    base = FILE[: FILE.index("[[grid]]")].format(data=partly)
+    results = {}
+    for least in (2, 3):
+        file = tmp_path / f"least-{least}.toml"
+        file.write_text(f"{base}[[grid]]\n{grid.format(least)}\n")
+        results[least] = lamina("experiment", str(file), "--dir", str(tmp_path / f"work-{least}"))
+    assert results[2].returncode == 0, results[2].stderr
+    assert f"{CLIENTS[2]}: " in results[2].stderr
+    assert results[3].returncode == 1
+    for result in results.values():
+        assert "has no column 'text'" in result.stderr
