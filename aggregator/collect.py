@@ -142,15 +142,20 @@ class Collection:
     @property
     def loss(self) -> float:
         """Mean of the clients' losses, weighted by their examples."""
-        weight = sum(report.num_examples for report in self.accepted.values())
-        return sum(report.loss * (report.num_examples / weight) for report in self.accepted.values())
+        reports = [report for _, report in self._sorted()]  # the same sum, whoever came first
+        weight = sum(report.num_examples for report in reports)
+        return sum(report.loss * (report.num_examples / weight) for report in reports)
 
     def updates(self) -> Iterator[Update]:
         """What was accepted, sorted by client and round, read from disk one at a time."""
-        for sender, report in sorted(self.accepted.items(), key=lambda item: item[0]):
+        for sender, report in self._sorted():
             shapes = self._manifest.shapes_of(report.groups)
             delta = decompress_file(self._files[sender], shapes, self.offer.plan.compression)
             yield Update(sender[0], delta, report.num_examples, self.staleness(report.key))
+
+    def _sorted(self) -> list[tuple[Sender, Report]]:
+        """What was accepted, by client and round."""
+        return sorted(self.accepted.items(), key=lambda item: item[0])
 
     def staleness(self, key: RoundKey) -> int:
         """How many rounds ago an update's round was this one."""

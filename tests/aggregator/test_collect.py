@@ -272,6 +272,18 @@ def test_an_update_of_some_groups_has_those_and_in_manifest_order(round_: Round)
     assert ada.delta["head.scale"].shape == ()
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_the_loss_is_the_same_bit_for_bit_whoever_comes_first(round_: Round, order: tuple[int, ...]):
+    async def story() -> None:
+        for place in order:
+            report = round_.report(delta(place), num_examples=3, loss=(0.1, 0.7, 1e-9)[place])
+            await round_.collection.take(("ada", "ben", "cyd")[place], report)
+
+    run(story())
+    third = 3 / 9
+    assert round_.collection.loss == 0.1 * third + 0.7 * third + 1e-9 * third
+
+
 def test_the_loss_is_weighted_by_examples(round_: Round):
     async def story() -> None:
         for client, loss, num_examples in [("ada", 1.0, 1), ("ben", 3.0, 3), ("cyd", -2.0, 4)]:

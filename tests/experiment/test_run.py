@@ -214,7 +214,7 @@ def test_a_command_ends_with_its_parent_and_so_do_its_children(tmp_path: Path) -
     assert child.stdout is not None
     try:
         child.stdout.readline()
-        assert len(command_lines(f"sleep 301.{os.getpid()}")) == 1
+        until(lambda: command_lines(f"sleep 301.{os.getpid()}"), "the child's child")
         time.sleep(0.1)
         assert child.poll() is None
         child.stdin.close()
