@@ -144,8 +144,8 @@ async def _keep_clients(run: LocalRun, processes: Processes, url: str, view: Wat
             raise error
 
     async def keep(number: int, group: tuple[str, ...]) -> None:
-        alone, name = len(group) == 1, group[0] if len(group) == 1 else f"clients-{number}"
-        command = "client" if alone else "clients"
+        alone = len(group) == 1
+        command, name = ("client", group[0]) if alone else ("clients", f"clients-{number}")
         arguments = _client_arguments(run, url, name) if alone else _group_arguments(run, url, group)
 
         def one_of_them(line: str) -> None:

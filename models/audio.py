@@ -7,11 +7,9 @@ Next: `models/series.py`, the stem; `inputs/audio.py` makes the frames of a WAV 
 
 from __future__ import annotations
 
-from models.block import Block
-from models.encoder import Encoder, Source, Stem
-from models.series import check_sizes, make_stem
+from models.encoder import Encoder, Stem
+from models.series import encoder_over_time
 from wire.errors import UserError
-from wire.manifest import TensorSpec
 
 
 def audio_encoder(
@@ -34,29 +32,19 @@ def audio_encoder(
     mean, std: of the log-mel values; these are speech's at a usual loudness. Raises `UserError` for sizes
     that do not fit.
     """
-    check_sizes(stem, length, mels, patch, width, heads)
     if rate_hz < 1 or not 0 < hop_ms <= window_ms:
         raise UserError(
             f"windows of {window_ms} ms every {hop_ms} ms at {rate_hz} Hz",
             "choose a hop of at most a window, such as 10 and 25 ms at 16000 Hz",
         )
-    return Encoder(
-        make_stem(stem, length, mels, patch, width),
-        [Block(width, heads) for _ in range(blocks)],
-        Source(
-            kind="audio",
-            raw=TensorSpec((length, mels), "float32"),
-            features=TensorSpec((length // patch, width), "float32"),
-            masked=True,
-            options={
-                "rate_hz": rate_hz,
-                "mels": mels,
-                "window_ms": float(window_ms),
-                "hop_ms": float(hop_ms),
-                "length": length,
-                "patch": patch,
-                "mean": mean,
-                "std": std,
-            },
-        ),
-    )
+    options = {
+        "rate_hz": rate_hz,
+        "mels": mels,
+        "window_ms": float(window_ms),
+        "hop_ms": float(hop_ms),
+        "length": length,
+        "patch": patch,
+        "mean": mean,
+        "std": std,
+    }
+    return encoder_over_time("audio", length, mels, patch, width, heads, blocks, stem, options)

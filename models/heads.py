@@ -48,10 +48,11 @@ class Projection(nn.Module):
 class Head(nn.Module):
     """What both heads share: one projection per modality, under the modality's name.
 
-    widths: modality -> the width of its features.
+    widths: modality -> the width of its features. least: modalities without which there is no loss.
     """
 
     task: Task
+    least = 1
 
     def __init__(self, widths: Mapping[str, int], embedding: int) -> None:
         super().__init__()
@@ -60,9 +61,6 @@ class Head(nn.Module):
         self.projections = nn.ModuleDict(
             {name: Projection(width, embedding) for name, width in widths.items()}
         )
-
-    least = 1
-    """Modalities without which there is no loss."""
 
     def part(self, modalities: Collection[str]) -> Head:
         """The head of these modalities only; it shares its parameters with this one."""

@@ -9,7 +9,7 @@ Next: `models/audio.py`, on the same stem; `models/block.py`; `inputs/series.py`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,36 +83,53 @@ def series_encoder(
 
     Raises `UserError` for sizes that do not fit.
     """
-    check_sizes(stem, length, channels, patch, width, heads)
     for values in (mean, std):
         if not isinstance(values, int | float) and len(values) != channels:
             raise UserError(f"{len(values)} values for {channels} channels", "give one, or one a channel")
+    options = {
+        "length": length,
+        "channels": channels,
+        "patch": patch,
+        "mean": _option(mean),
+        "std": _option(std),
+    }
+    return encoder_over_time(
+        "series", length, channels, patch, width, heads, blocks, stem, options, masked=masked
+    )
+
+
+def encoder_over_time(
+    kind: str,
+    length: int,
+    channels: int,
+    patch: int,
+    width: int,
+    heads: int,
+    blocks: int,
+    stem: Stem,
+    options: Mapping[str, int | float | str | list[float]],
+    *,
+    masked: bool = True,
+) -> Encoder:
+    """A transformer over `length` steps of whatever the reader `kind` makes with these options.
+
+    Raises `UserError` for sizes that do not fit.
+    """
+    _check_sizes(stem, length, channels, patch, width, heads)
     return Encoder(
-        make_stem(stem, length, channels, patch, width),
+        (ConvStem if stem == "conv" else PatchStem)(length, channels, patch, width),
         [Block(width, heads) for _ in range(blocks)],
         Source(
-            kind="series",
+            kind=kind,
             raw=TensorSpec((length, channels), "float32"),
             features=TensorSpec((length // patch, width), "float32"),
             masked=masked,
-            options={
-                "length": length,
-                "channels": channels,
-                "patch": patch,
-                "mean": _option(mean),
-                "std": _option(std),
-            },
+            options=dict(options),
         ),
     )
 
 
-def make_stem(stem: Stem, length: int, channels: int, patch: int, width: int) -> nn.Module:
-    """The stem of that name, for sizes that `check_sizes` has found right."""
-    return (ConvStem if stem == "conv" else PatchStem)(length, channels, patch, width)
-
-
-def check_sizes(stem: Stem, length: int, channels: int, patch: int, width: int, heads: int) -> None:
-    """Raises `UserError` for sizes that do not fit a stem and blocks."""
+def _check_sizes(stem: Stem, length: int, channels: int, patch: int, width: int, heads: int) -> None:
     if stem not in ("patch", "conv"):
         raise UserError(f"there is no stem {stem!r}", "choose patch or conv")
     if length < 1 or channels < 1:

@@ -157,8 +157,7 @@ class _Sending:
         """The next chunk and its one receiver, or None for all."""
         index = next(iter(self.owed))
         wanted_by = self.owed.pop(index)
-        waiting = set(wanted_by).union(*self.owed.values())
-        if index in self.sent and (len(wanted_by) == 1 or len(wanted_by) < MANY * len(waiting)):
+        if index in self.sent and self._are_few(wanted_by.keys()):
             peer = next(iter(wanted_by))
             del wanted_by[peer]
             if wanted_by:
@@ -169,6 +168,10 @@ class _Sending:
                 self.coming.setdefault(peer, {})[index] = False
         self.sent.add(index)
         return index, None
+
+    def _are_few(self, peers: Set[str]) -> bool:
+        """One alone, or few of all that wait for something of the blob."""
+        return len(peers) == 1 or len(peers) < MANY * len(peers | set().union(*self.owed.values()))
 
 
 class Owed:
