@@ -218,7 +218,8 @@ class Connection:
         self._num_come = self._num_read = 0
         self._read = asyncio.Event()
         self._window = asyncio.Semaphore(WINDOW)
-        self._connected = asyncio.Event()  # set, and replaced, at every connect
+        self._renewal: int | None = None  # the message id of the subscriptions that this connect renews
+        self._connected = asyncio.Event()  # set, and replaced, once a connect has renewed them
         self._state: Literal["trying", "up", "refused"] = "trying"
         self._fields = {"broker": str(broker)}  # of what is logged
         self._closing = False
@@ -265,7 +266,10 @@ class Connection:
         await self._stop()
 
     async def subscribe(self, *filters: str) -> None:
-        """Return once the broker has confirmed; renewed at every reconnect. Raises `TransportError`."""
+        """Return once the broker has confirmed, or at once while it is away; renewed at every reconnect.
+
+        Raises `TransportError` where the broker refuses.
+        """
         self._filters.update(filters)
         _, mid = self._paho.subscribe([(one, 1) for one in filters])
         if mid is None:  # the broker is away: the next connect brings it
@@ -318,7 +322,10 @@ class Connection:
             await self._read.wait()
 
     async def until_reconnected(self, timeout_s: float) -> bool:
-        """Wait for the next reconnect, at most so long; whether there was one."""
+        """Wait for the next reconnect, at most so long; whether there was one.
+
+        By then the broker has answered to the subscriptions: no message to them is missed from now on.
+        """
         return bool(await within(timeout_s, self._connected.wait()))
 
     def _settle(self, mid: int) -> asyncio.Future[str] | None:
@@ -375,12 +382,17 @@ class Connection:
             if not confirmed.done():
                 confirmed.set_result("")
         self._subscribed.clear()
-        if self._filters:
-            self._paho.subscribe([(one, 1) for one in sorted(self._filters)])
         log.debug("connected to %s", self.broker, extra=self._fields)
         self._watch_oldest()
         if not self._entered.done():
             self._entered.set_result(True)
+        self._renewal = None
+        if self._filters:
+            _, self._renewal = self._paho.subscribe([(one, 1) for one in sorted(self._filters)])
+        else:
+            self._reconnected()
+
+    def _reconnected(self) -> None:
         self._connected.set()
         self._connected = asyncio.Event()
 
@@ -412,6 +424,8 @@ class Connection:
             log.warning("%s - %s; trying again", error, error.hint, extra=self._fields)
 
     def _on_subscribe(self, mid: int, reasons: list[ReasonCode]) -> None:
+        if mid == self._renewal:
+            self._reconnected()
         confirmed = self._subscribed.pop(mid, None)
         if confirmed is not None and not confirmed.done():
             confirmed.set_result(next((str(reason) for reason in reasons if reason.is_failure), ""))
