@@ -23,10 +23,11 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from edge_client import pending
+from edge_client.anchors import anchored
 from edge_client.cache import FeatureCache, Step
 from edge_client.checkpoint import Checkpoint
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
-from edge_client.engines import Run, choose, open_engine, open_graph
+from edge_client.engines import Run, choose, graph_file, open_engine, open_graph
 from edge_client.features import Features, by_own_names
 from edge_client.gate import Gate
 from edge_client.link import Link, find_run
@@ -203,10 +204,12 @@ class Session:
         self._store.keep(self._needed(offer))
         report = self._done_before(offer)
         if report is None:
-            await self._bundle.need(*self._manifest.stages[offer.key.stage].engines[self._engine].values())
+            stage = self._manifest.stages[offer.key.stage]
+            anchors = (graph_file(self._engine, graph) for graph in stage.anchors.values())
+            await self._bundle.need(*stage.engines[self._engine].values(), *anchors)
             await self._parameters.prepare(offer)
             offered = await self._parameters.trainable(offer)
-            names = self._manifest.stages[offer.key.stage].parameters.values()
+            names = stage.parameters.values()
             parameters = {name: offered.pop(name) for name in names}
             del offered  # what others train
             features = await self._features(offer)
@@ -247,9 +250,11 @@ class Session:
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:
-        device, stage, checkpoint = self._device, offer.key.stage, self._checkpoint(offer)
-        with open_engine(self._engine, self._bundle.file, self._manifest, stage, device.threads) as engine:
-            return train(engine, parameters, features, offer.plan, device.name, stop, checkpoint)
+        device, number, checkpoint = self._device, offer.key.stage, self._checkpoint(offer)
+        stage, file = self._manifest.stages[number], self._bundle.file
+        examples = anchored(features, stage, parameters, self._engine, file, device.threads)
+        with open_engine(self._engine, file, self._manifest, number, device.threads) as engine:
+            return train(engine, parameters, examples, offer.plan, device.name, stop, checkpoint)
 
     def _checkpoint(self, offer: Offer) -> Checkpoint:
         folder, every_s = self._device.folder / "training", self._device.checkpoint_s

@@ -17,6 +17,7 @@ from threading import Event
 
 import numpy as np
 
+from edge_client.anchors import Anchored
 from edge_client.checkpoint import Checkpoint, Progress
 from edge_client.engines import Engine
 from edge_client.features import Features, Stopped
@@ -40,7 +41,7 @@ class Trained:
 def train(
     engine: Engine,
     parameters: Arrays,
-    features: Features,
+    features: Features | Anchored,
     plan: TrainPlan,
     client: str,
     stop: Event,

@@ -78,6 +78,7 @@ def export_bundle(
     micro_batch_sizes: Sequence[int] | None = None,
     expected_peak_bytes: Sequence[int] = (),
     missing_modalities: bool = False,
+    alignment: float = 0.0,
     runtimes: Engines | None = None,
     seed: int = 0,
     force: bool = False,
@@ -91,6 +92,7 @@ def export_bundle(
     micro_batch_sizes: of each stage, `Stage.micro_batch_size`; None: 0 of all.
     expected_peak_bytes: of a client, one a stage (`export/budget.py`); empty: unknown.
     missing_modalities: also write train steps for clients that have only some modalities.
+    alignment: how strongly clients keep their embeddings to those of the offered model; 0: not at all.
     runtimes: the package `edge_client.engines`, which the check runs the bundle on; None: no check.
     seed: of the check's random inputs.
     Raises `UserError` where arguments do not fit, `ParityError` where the bundle does not follow torch.
@@ -98,6 +100,10 @@ def export_bundle(
     _check_model(model, classes)
     micro = tuple(micro_batch_sizes or [0] * len(schedule.stages))
     check_micro_batches(micro, len(schedule.stages), max_batch_size)
+    if alignment and any(micro) and model.task == "contrastive":
+        raise UserError(
+            "a contrastive loss with alignment is not computed in micro-batches", "leave out one of them"
+        )
     optimizer = optimizer or AdamW()
     makers = EngineFiles(
         check_engines(exportable() if engines is None else engines),
@@ -109,7 +115,9 @@ def export_bundle(
             files.add(name, train_tokenizer(texts, size))
         values = parameter_values(model)
         files.add(INITIAL, pack(values))
-        cuts = cut_stages(model, schedule.stages, missing_modalities=missing_modalities)
+        cuts = cut_stages(
+            model, schedule.stages, missing_modalities=missing_modalities, alignment=alignment
+        )
         stages = tuple(
             _stage(number, cut, model, makers, files, size)
             for number, (cut, size) in enumerate(zip(cuts, micro, strict=True))
@@ -186,6 +194,7 @@ def _stage(
         encoders={name: graph(f"{name}.encoder", cut) for name, cut in cuts.encoders.items()},
         classifier=graph("classifier", cuts.classifier) if cuts.classifier else None,
         micro_batch_size=micro_batch_size,
+        anchors={name: graph(f"{name}.anchor", cut, on_device=True) for name, cut in cuts.anchors.items()},
         partials=tuple(
             PartialStep(
                 modalities=part,

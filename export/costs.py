@@ -3,7 +3,8 @@
 Rules: everything follows from the model's structure. FLOPs are as `export/observe.py` counts them; bytes
 are those of the values, before zstd and without the messages around them; memory is as `export/memory.py`
 expects it. Per example and epoch a client pays for the train step, forward and backward (forward twice in
-a contrastive stage with micro-batches: the embeddings come first, GradCache, arXiv 2101.06983), and besides
+a contrastive stage with micro-batches: the embeddings come first, GradCache, arXiv 2101.06983; and once
+more for anchors), and besides
 
     without the feature cache  for the whole prefix
     with it                    for nothing; the newest segment runs once per example and stage
@@ -103,11 +104,12 @@ class ScheduleCost:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a client trains. engine: of `export.engines.EXPORTERS`."""
+    """How a client trains. engine: of `export.engines.EXPORTERS`. aligned: whether it keeps to anchors."""
 
     engine: str
     batch_size: int = 32
     local_epochs: int = 1
+    aligned: bool = False
 
 
 def schedule_cost(
@@ -121,7 +123,8 @@ def schedule_cost(
 
     modalities: those that the client has, if it lacks some; then only its FLOPs are a client's.
     """
-    cuts = cut_stages(model, schedule.stages, missing_modalities=bool(modalities))
+    alignment = 1.0 if setting.aligned else 0.0
+    cuts = cut_stages(model, schedule.stages, missing_modalities=bool(modalities), alignment=alignment)
     if modalities:
         cuts = [_of_part(cut, modalities) for cut in cuts]
     sizes = micro_batch_sizes or [0] * len(cuts)
@@ -199,6 +202,7 @@ def _stage_cost(
     train = step.flops
     if micro_batch_size and model.task == "contrastive":
         train += observe_forward(cut.train, batch_size).flops
+    train += sum(observe_forward(anchor, batch_size).flops for anchor in cut.anchors.values())
     trainable, frozen = (_shapes(model, groups) for groups in (cut.plan.trainable, cut.plan.frozen))
     fetched = () if before is None else set(before.plan.trainable) & set(cut.plan.frozen)
     segments = before.segments.values() if before else ()
@@ -221,7 +225,9 @@ def _of_part(cut: StageCuts, modalities: Collection[str]) -> StageCuts:
     part = next(one for one in cut.partials if set(one) == set(modalities))
     starts = {name: start if name in part else None for name, start in cut.plan.starts.items()}
     segments = {name: one for name, one in cut.segments.items() if name in part}
-    return replace(cut, plan=replace(cut.plan, starts=starts), train=cut.partials[part], segments=segments)
+    anchors = {name: one for name, one in cut.anchors.items() if name in part}
+    plan, train = replace(cut.plan, starts=starts), cut.partials[part]
+    return replace(cut, plan=plan, train=train, segments=segments, anchors=anchors)
 
 
 def _prefix(model: Model, plan: StagePlan) -> list[SegmentCut]:

@@ -211,6 +211,8 @@ def _graphs(
     """
     for name, graph in stage.segments.items():
         yield from ((engine, cuts.segments[name], graph) for engine in usable)
+    for name, graph in stage.anchors.items():
+        yield from ((engine, cuts.anchors[name], graph) for engine in usable)
     if encoders:
         yield from ((ONNX, cuts.encoders[name], graph) for name, graph in stage.encoders.items())
         if cuts.classifier is not None and stage.classifier is not None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from export.stage import TrainCut
-from models.model import LABEL
 from wire.manifest import TensorSpec
 
 SHARE = "batch.share"  # input, float32 [b]: one over the size of the whole batch
@@ -88,14 +87,14 @@ class GradientsCut(TrainCut):
             }
         else:
             self.given = {SHARE: TensorSpec((), "float32")}
-        super().__init__(train.sections, train.head, train.inputs | self.given)
+        super().__init__(train.sections, train.head, train.inputs | self.given, train.alignment)
 
     def forward(self, *values: Tensor) -> Tensor:
         """`values`: as in `TrainCut`, then those of `given`."""
         batch = dict(zip(self.inputs, values, strict=True))
         embeddings = self.embeddings(batch)
         if SHARE in batch:
-            return self.head.loss(embeddings, batch[LABEL]) * batch[SHARE].sum()
+            return self.loss(embeddings, batch) * batch[SHARE].sum()
         total: Tensor | None = None
         for name in self.given:
             of = name.removesuffix(".gradient")

@@ -20,7 +20,7 @@ from models.encoder import Section
 from models.heads import ClassificationHead, Head
 from models.model import LABEL, Model
 from wire.errors import UserError
-from wire.manifest import TensorSpec
+from wire.manifest import TensorSpec, anchor_of
 
 
 class Cut(nn.Module):
@@ -39,12 +39,22 @@ class Cut(nn.Module):
 
 
 class TrainCut(Cut):
-    """This stage's sections and the head: its inputs -> the loss, float32 []."""
+    """This stage's sections and the head: its inputs -> the loss, float32 [].
+
+    alignment: how much is added of each modality's mean distance from its anchors, 1 minus the cosine.
+    """
 
     outputs: tuple[str, ...] = ("loss",)
 
-    def __init__(self, sections: Mapping[str, Section], head: Head, inputs: dict[str, TensorSpec]) -> None:
+    def __init__(
+        self,
+        sections: Mapping[str, Section],
+        head: Head,
+        inputs: dict[str, TensorSpec],
+        alignment: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.alignment = alignment
         for name, section in sections.items():
             self.add_module(name, section)
         self.head = head
@@ -53,7 +63,16 @@ class TrainCut(Cut):
     def forward(self, *values: Tensor) -> Tensor:
         """`values`: batches [B, ...] of `inputs`."""
         batch = dict(zip(self.inputs, values, strict=True))
-        return self.head.loss(self.embeddings(batch), batch.get(LABEL))
+        return self.loss(self.embeddings(batch), batch)
+
+    def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """The head's, and the anchors'."""
+        loss = self.head.loss(embeddings, batch.get(LABEL))
+        if self.alignment:
+            for name, value in embeddings.items():
+                distance = 1.0 - _cosine(value, batch[anchor_of(name)]).mean()
+                loss = loss + self.alignment / len(embeddings) * distance
+        return loss
 
     def embeddings(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Modality -> float32 [B, E]."""
@@ -62,6 +81,11 @@ class TrainCut(Cut):
             mask = batch.get(f"{name}_mask")
             embeddings[name] = self.head.embed(name, section(batch[name], mask), mask)
         return embeddings
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    squares = (a * a).sum(dim=-1) * (b * b).sum(dim=-1)
+    return (a * b).sum(dim=-1) / torch.sqrt(squares + 1e-12)
 
 
 class SegmentCut(Cut):
@@ -127,15 +151,25 @@ class StageCuts:
     segments: dict[str, SegmentCut]
     encoders: dict[str, EncoderCut]
     classifier: ClassifierCut | None
+    anchors: dict[str, EncoderCut]
 
 
 def cut_stages(
-    model: Model, plans: tuple[StagePlan, ...], *, missing_modalities: bool = False
+    model: Model,
+    plans: tuple[StagePlan, ...],
+    *,
+    missing_modalities: bool = False,
+    alignment: float = 0.0,
 ) -> list[StageCuts]:
-    """The cuts of every stage. missing_modalities: also for clients that have only some modalities."""
+    """The cuts of every stage.
+
+    missing_modalities: also for clients that have only some modalities. alignment: as of `TrainCut`.
+    """
     followers = [*plans[1:], None]
     parts = _parts(model) if missing_modalities else ()
-    return [_cut(model, plan, after, parts) for plan, after in zip(plans, followers, strict=True)]
+    return [
+        _cut(model, plan, after, parts, alignment) for plan, after in zip(plans, followers, strict=True)
+    ]
 
 
 def _parts(model: Model) -> tuple[tuple[str, ...], ...]:
@@ -151,9 +185,13 @@ def _parts(model: Model) -> tuple[tuple[str, ...], ...]:
 
 
 def _cut(
-    model: Model, plan: StagePlan, after: StagePlan | None, parts: tuple[tuple[str, ...], ...]
+    model: Model,
+    plan: StagePlan,
+    after: StagePlan | None,
+    parts: tuple[tuple[str, ...], ...],
+    alignment: float,
 ) -> StageCuts:
-    sections, segments, encoders = {}, {}, {}
+    sections, segments, encoders, anchors = {}, {}, {}, {}
     inputs: dict[str, TensorSpec] = {}
     for name, encoder in model.encoders.items():
         start, depth = plan.starts[name], plan.depths[name]
@@ -163,21 +201,24 @@ def _cut(
         inputs |= fed
         if after is not None and after.starts[name] not in (None, start):
             segments[name] = SegmentCut(sections[name], fed)
+        if alignment:
+            anchors[name] = EncoderCut(name, sections[name], model.head, fed)
         encoders[name] = EncoderCut(name, encoder.section(0, depth, stem=True), model.head, raw)
     if LABEL in model.inputs:
         inputs[LABEL] = model.inputs[LABEL]
     head = model.head
-    train = TrainCut(sections, head, inputs)
+    inputs |= {anchor_of(name): TensorSpec((head.embedding,), "float32") for name in anchors}
+    train = TrainCut(sections, head, inputs, alignment)
     partials = {part: _partial(train, part) for part in parts}
     classifier = ClassifierCut(head) if isinstance(head, ClassificationHead) else None
-    return StageCuts(plan, train, partials, segments, encoders, classifier)
+    return StageCuts(plan, train, partials, segments, encoders, classifier, anchors)
 
 
 def _partial(train: TrainCut, modalities: tuple[str, ...]) -> TrainCut:
     sections = {name: train.sections[name] for name in modalities}
     absent = train.sections.keys() - sections.keys()
     inputs = {name: spec for name, spec in train.inputs.items() if name.partition("_")[0] not in absent}
-    return TrainCut(sections, train.head.part(modalities), inputs)
+    return TrainCut(sections, train.head.part(modalities), inputs, train.alignment)
 
 
 def example(

@@ -15,6 +15,7 @@ from threading import Event
 
 from msgspec.structs import replace
 
+from edge_client.anchors import anchored
 from edge_client.cache import FeatureCache
 from edge_client.engines import AUTO, choose, open_engine, open_graph
 from edge_client.features import by_own_names
@@ -49,8 +50,9 @@ class Calibration:
             run = open_graph(self._engine, self._bundle.joinpath, graph, self._threads)
             self._cache.run(step, run, dict(values), never)
         plan = replace(offer.plan, local_epochs=self._epochs, proximal_mu=0.0)
-        stage = offer.key.stage
-        file = self._bundle.joinpath
-        with open_engine(self._engine, file, self._manifest, stage, self._threads) as engine:
-            trained = train(engine, combined, self._cache.features(offer), plan, NAME, never)
+        number, file = offer.key.stage, self._bundle.joinpath
+        stage, features = self._manifest.stages[number], self._cache.features(offer)
+        examples = anchored(features, stage, combined, self._engine, file, self._threads)
+        with open_engine(self._engine, file, self._manifest, number, self._threads) as engine:
+            trained = train(engine, combined, examples, plan, NAME, never)
         return {name: combined[name] + change for name, change in trained.delta.items()}

@@ -23,6 +23,7 @@ from lamina.options import (
     column_option,
     engine_option,
     feature_options,
+    memory_bytes,
     pairs,
     run_until_stopped,
 )
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 @engine_option(multiple=True, required=True, default=None, show_default=False)
 @click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads of a train step.")
 @feature_options
+@click.option("--memory-budget", multiple=True, help="NAME=AMOUNT, of a client that has a budget.")
 @column_option
 @click.option(
     "--dir",
@@ -62,6 +64,7 @@ def command(
     threads: int,
     feature_dtype: str,
     max_feature_mb: int | None,
+    memory_budget: tuple[str, ...],
     columns: tuple[str, ...],
     folder: Path,
 ) -> None:
@@ -70,6 +73,7 @@ def command(
 
     if len(engine) != len(names):
         raise UserError(f"{len(names)} clients and {len(engine)} engines", "give each client one")
+    budgets = {name: memory_bytes(text) for name, text in pairs(memory_budget, "--memory-budget").items()}
     share_heap()
     devices = [
         Device(
@@ -81,6 +85,7 @@ def command(
             columns=pairs(columns, "--column"),
             feature_dtype=feature_dtype,
             max_feature_bytes=None if max_feature_mb is None else max_feature_mb * 10**6,
+            max_memory_bytes=budgets.get(name),
         )
         for name, own in zip(names, engine, strict=True)
     ]

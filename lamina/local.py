@@ -15,8 +15,8 @@ Next: `lamina/processes.py`, which keeps them; `aggregator/run.py`, `edge_client
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,8 +47,9 @@ class LocalRun:
     """What the options say.
 
     folder: of this run. bundle: exported before, or None. broker: None for our own. engines: of the
-    clients, in turn. features: client options. memory_budget: of a client, bytes. plan: aggregator options.
-    client_processes: that the clients share, the first of them alone in its own; 0: one each.
+    clients, in turn. features: client options. memory_budget: that the export fits, bytes. plan: aggregator
+    options. client_processes: that the clients share, the first of them alone in its own; 0: one each.
+    memory: client -> bytes that it may use, of those that may not use what they like.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LocalRun:
     model: str
     options: tuple[str, ...]
     warm_start: str
+    alignment: float
     missing_modalities: bool
     columns: tuple[str, ...]
     engines: tuple[str, ...]
@@ -71,6 +73,7 @@ class LocalRun:
     calibration: Path | None
     plan: dict[str, Any]
     client_processes: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -181,6 +184,7 @@ def export_arguments(run: LocalRun, bundle: Path) -> list[str]:
     """Of the export that this run needs."""
     arguments = ["--model", run.model, "--schedule", run.schedule, "--warm-start", run.warm_start]
     arguments += ["--seed", str(run.plan["seed"])]
+    arguments += ["--alignment", str(run.alignment)] if run.alignment else []
     arguments += ["--missing-modalities"] if run.missing_modalities else []
     arguments += [word for option in run.options for word in ("--option", option)]
     arguments += [word for engine in dict.fromkeys(run.engines) for word in ("--engine", engine)]
@@ -209,6 +213,8 @@ def _client_arguments(run: LocalRun, url: str, client: str) -> list[str]:
     arguments = ["--broker", url, "--data", str(run.data / "clients" / client), "--name", client]
     arguments += ["--run", run.name, "--dir", str(run.folder / "clients" / client)]
     arguments += ["--engine", _engine(run, client), "--threads", str(run.threads), *run.features]
+    if client in run.memory:
+        arguments += ["--memory-budget", f"{run.memory[client]}B"]
     return [*arguments, *_columns(run)]
 
 
@@ -216,6 +222,9 @@ def _group_arguments(run: LocalRun, url: str, group: Sequence[str]) -> list[str]
     arguments = ["--broker", url, "--data", str(run.data / "clients"), "--run", run.name]
     arguments += ["--dir", str(run.folder / "clients"), "--threads", str(run.threads), *run.features]
     arguments += [word for client in group for word in ("--engine", _engine(run, client))]
+    for client in group:
+        if client in run.memory:
+            arguments += ["--memory-budget", f"{client}={run.memory[client]}B"]
     return [*arguments, *_columns(run), *group]
 
 

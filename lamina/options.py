@@ -104,7 +104,7 @@ def memory_budget_option(text: str) -> Callable[[F], F]:
     return click.option(
         "--memory-budget",
         metavar="AMOUNT",
-        callback=lambda _context, _option, text: None if text is None else _bytes(text),
+        callback=lambda _context, _option, text: None if text is None else memory_bytes(text),
         help=text,
     )
 
@@ -176,6 +176,13 @@ def model_options(function: F) -> F:
                 help="Start a new block as a copy of the one below, or fresh.",
             ),
             click.option(
+                "--alignment",
+                type=click.FloatRange(min=0),
+                default=0.0,
+                show_default=True,
+                help="How strongly clients keep embeddings close to those of the model they were offered.",
+            ),
+            click.option(
                 "--missing-modalities",
                 is_flag=True,
                 help="Let clients train that lack a modality: what they have, and the head.",
@@ -238,7 +245,7 @@ def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
     return dict(value.split("=", 1) for value in values)
 
 
-def _bytes(text: str) -> int:
+def memory_bytes(text: str) -> int:
     """`200MB`, `190 MiB` or `1.5GB` as a number of bytes. Raises `UserError`."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]?i?B)", text, re.IGNORECASE)
     size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 EXPORTED = (
     *("schedule", "model", "options", "warm_start"),
-    *("missing_modalities", "micro_batch_size", "memory_budget"),
+    *("alignment", "missing_modalities", "micro_batch_size", "memory_budget"),
 )
 """Parameters that only an export heeds."""
 
@@ -119,6 +119,7 @@ def command(
     model: str,
     options: tuple[str, ...],
     warm_start: str,
+    alignment: float,
     missing_modalities: bool,
     clients: int | None,
     data_set: str,
@@ -175,6 +176,7 @@ def command(
         model=model,
         options=options,
         warm_start=warm_start,
+        alignment=alignment,
         missing_modalities=missing_modalities,
         columns=columns,
         engines=engines,

@@ -86,6 +86,7 @@ def bundle(
     force: bool = False,
     micro_batch_size: int = 0,
     missing_modalities: bool = False,
+    alignment: float = 0.0,
     **options: Any,
 ) -> Exported:
     plan = SCHEDULES[schedule](model.depths, 2, **options)
@@ -99,6 +100,7 @@ def bundle(
         engines=engines,
         micro_batch_sizes=[micro_batch_size] * len(plan.stages),
         missing_modalities=missing_modalities,
+        alignment=alignment,
         runtimes=runtimes,
         force=force,
     )

@@ -53,6 +53,9 @@ def test_the_flops_of_a_layerwise_step_are_three_forward_passes(contrastive):
     stages = costs(contrastive, "layerwise").stages
     assert [stage.train_flops for stage in stages[1:]] == [3 * (blocks + projections + scores)] * 2
     assert [stage.segment_flops for stage in stages[2:]] == [blocks]
+    aligned = costs(contrastive, "layerwise", setting=Setting("onnx", BATCH, aligned=True)).stages
+    added = [more.train_flops - stage.train_flops for more, stage in zip(aligned, stages, strict=True)]
+    assert added[1:] == [blocks + projections] * 2  # the anchors'
 
 
 def test_what_needs_no_gradient_is_not_counted(contrastive):

@@ -240,6 +240,29 @@ def test_a_contrastive_loss_of_three_does_with_two(tmp_path):
         bundle(small(), tmp_path / "other", missing_modalities=True)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_steps_that_keep_embeddings_close_to_anchors(tmp_path, task):
+    model = small(task, image_blocks=2, text_blocks=1)
+    partly = task == "classification"
+    made = {"engines": ENGINES, "missing_modalities": partly, "alignment": 0.5}
+    done = bundle(model, tmp_path / "bundle", runtimes=engines, **made)
+    assert done.parity is not None  # every one follows torch on every engine
+    for stage in done.manifest.stages:
+        assert set(stage.anchors) == {"image", "text"}
+        assert stage.inputs["image_anchor"].shape == stage.inputs["text_anchor"].shape == (8,)
+    if partly:
+        (seen,) = with_modalities(done.manifest, ("image",)).stages[:1]
+        assert set(seen.anchors) == {"image"}
+        assert "text_anchor" not in seen.inputs
+
+
+def test_alignment_in_micro_batches_is_for_classification(tmp_path):
+    model = small("classification", image_blocks=1, text_blocks=1)
+    bundle(model, tmp_path / "bundle", runtimes=engines, micro_batch_size=2, alignment=0.5)
+    with pytest.raises(UserError, match="not computed in micro-batches"):
+        bundle(small(), tmp_path / "other", micro_batch_size=2, alignment=0.5)
+
+
 def test_three_modalities_and_several_blocks_a_stage(tmp_path):
     torch.manual_seed(0)
     model = build("small_models:three", width=16, blocks=3)

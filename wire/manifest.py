@@ -143,6 +143,11 @@ class PartialStep(msgspec.Struct, frozen=True):
     engines: dict[str, dict[str, str]]
 
 
+def anchor_of(modality: str) -> str:
+    """The name of the input that a modality's embedding is kept close to."""
+    return f"{modality}_anchor"
+
+
 class Stage(msgspec.Struct, frozen=True):
     """One entry of the schedule.
 
@@ -161,6 +166,8 @@ class Stage(msgspec.Struct, frozen=True):
     expected_peak_bytes: what a client's process is expected to need with the engine that needs most; 0:
         unknown.
     partials: for clients that lack a modality; empty: a client has to have them all.
+    anchors: modality -> the graph that turns the stage's inputs of that modality into what the input
+        `anchor_of(modality)` is to be, an embedding float32 [B, E]; empty: there are no such inputs.
     """
 
     trainable: tuple[str, ...]
@@ -176,6 +183,7 @@ class Stage(msgspec.Struct, frozen=True):
     micro_batch_size: Annotated[int, msgspec.Meta(ge=0, le=2**16)] = 0
     expected_peak_bytes: Count = 0
     partials: tuple[PartialStep, ...] = ()
+    anchors: dict[str, Graph] = {}
 
     @property
     def steps(self) -> tuple[Stage | PartialStep, ...]:
@@ -186,7 +194,12 @@ class Stage(msgspec.Struct, frozen=True):
     def graphs(self) -> tuple[Graph, ...]:
         """All inference graphs of the stage."""
         classifier = (self.classifier,) if self.classifier is not None else ()
-        return (*self.segments.values(), *self.encoders.values(), *classifier)
+        return (*self.on_device, *self.encoders.values(), *classifier)
+
+    @property
+    def on_device(self) -> tuple[Graph, ...]:
+        """Those that clients run."""
+        return (*self.segments.values(), *self.anchors.values())
 
 
 class AdamW(msgspec.Struct, frozen=True):
@@ -258,8 +271,8 @@ class Manifest(msgspec.Struct, frozen=True):
                     raise ValueError(f"{partial.modalities} are not some of the modalities")
                 if not set(partial.trainable) <= set(stage.trainable):
                     raise ValueError("a part of a stage trains what the stage does not")
-            if "executorch" in stage.engines and not all(one.program for one in stage.segments.values()):
-                raise ValueError("a segment has no program for the engine executorch")
+            if "executorch" in stage.engines and not all(one.program for one in stage.on_device):
+                raise ValueError("a graph has no program for the engine executorch")
             for group, source in stage.warm_start.items():
                 if list(self.shapes_of((group,)).values()) != list(self.shapes_of((source,)).values()):
                     raise ValueError(f"{group!r} cannot start from {source!r}, which has other shapes")

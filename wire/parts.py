@@ -29,7 +29,9 @@ def with_modalities(manifest: Manifest, modalities: tuple[str, ...]) -> Manifest
         step = next(one for one in stage.partials if one.modalities == modalities)
         segments = {name: graph for name, graph in stage.segments.items() if name in modalities}
         encoders = {name: graph for name, graph in stage.encoders.items() if name in modalities}
-        stages.append(_training(stage, step, segments=segments, encoders=encoders, partials=()))
+        anchors = {name: graph for name, graph in stage.anchors.items() if name in modalities}
+        changes = {"segments": segments, "encoders": encoders, "anchors": anchors}
+        stages.append(_training(stage, step, **changes, partials=()))
     return msgspec.structs.replace(
         manifest,
         modalities={name: entry for name, entry in manifest.modalities.items() if name in modalities},
@@ -40,34 +42,38 @@ def with_modalities(manifest: Manifest, modalities: tuple[str, ...]) -> Manifest
 def within(manifest: Manifest, max_bytes: int) -> Manifest:
     """For a client that may use so much memory.
 
-    A stage that needs more trains as the deepest earlier one that does not, if all that trains there trains
-    here too. Raises `UserError` where there is none.
+    Raises `UserError` as `steps_within` does.
     """
-    numbers = range(len(manifest.stages))
-    return msgspec.structs.replace(
-        manifest, stages=tuple(_within(manifest.stages[: number + 1], max_bytes) for number in numbers)
-    )
+    stages = []
+    for stage, number in zip(manifest.stages, steps_within(manifest, max_bytes), strict=True):
+        step = manifest.stages[number]
+        kept = ("micro_batch_size", "expected_peak_bytes", "partials", "anchors")
+        stages.append(_training(stage, step, **{name: getattr(step, name) for name in kept}))
+    return msgspec.structs.replace(manifest, stages=tuple(stages))
 
 
-def _within(stages: tuple[Stage, ...], max_bytes: int) -> Stage:
-    """The last of these."""
-    stage = stages[-1]
-    usable = [one for one in stages if set(one.trainable) <= set(stage.trainable)]
-    fitting = [one for one in usable if one.expected_peak_bytes <= max_bytes]
-    if not fitting:
-        least = min(one.expected_peak_bytes for one in usable)
-        raise UserError(
-            f"stage {len(stages)} needs {least / 1e6:.0f} MB of memory, allowed are {max_bytes / 1e6:.0f}",
-            "allow more, or export for a smaller --memory-budget",
-        )
-    step = fitting[-1]
-    return _training(
-        stage,
-        step,
-        micro_batch_size=step.micro_batch_size,
-        expected_peak_bytes=step.expected_peak_bytes,
-        partials=step.partials,
-    )
+def steps_within(manifest: Manifest, max_bytes: int) -> list[int]:
+    """For each stage the one, from 0, whose train step a client takes that may use so much memory.
+
+    It is the deepest up to the stage itself that fits and trains nothing that the stage does not. Raises
+    `UserError` where there is none.
+    """
+    found = []
+    for number, stage in enumerate(manifest.stages, 1):
+        usable = {
+            earlier: one.expected_peak_bytes
+            for earlier, one in enumerate(manifest.stages[:number])
+            if set(one.trainable) <= set(stage.trainable)
+        }
+        fitting = [earlier for earlier, needed in usable.items() if needed <= max_bytes]
+        if not fitting:
+            least = min(usable.values()) / 1e6
+            raise UserError(
+                f"stage {number} needs {least:.0f} MB of memory, allowed are {max_bytes / 1e6:.0f}",
+                "allow more, or export for a smaller --memory-budget",
+            )
+        found.append(fitting[-1])
+    return found
 
 
 def _training(stage: Stage, step: Stage | PartialStep, **changes: object) -> Stage:

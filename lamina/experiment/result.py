@@ -80,19 +80,19 @@ class Result(msgspec.Struct, frozen=True):
 def rounds_of(
     events: Sequence[Event],
     groups: Sequence[Sequence[str]],
-    costs: Mapping[frozenset[str], Sequence[StageCost]],
+    costs: Mapping[str, Sequence[StageCost]],
     settings: Values,
 ) -> tuple[RoundResult, ...]:
     """Round by round. groups: the clients of each process, the first client alone in the first.
 
-    costs: of the stages, by the modalities that a client has.
+    costs: of the stages, by client.
     """
     usage = _usage(events)
     examples = examples_of(events)
     clients = [client for group in groups for client in group]
     flops = {
-        client: _flops(client, usage, examples[client], costs[has], settings)
-        for client, has in modalities_of(events).items()
+        client: _flops(client, usage, examples[client], of_stages, settings)
+        for client, of_stages in costs.items()
     }
     cpu_s = dict.fromkeys(clients, 0.0)
     sent = received = computed = seconds = 0.0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from lamina.experiment.result import (
     write_result,
 )
 from lamina.experiment.settings import PLAN, Values
-from lamina.experiment.shared import Data, Shared, rounds_a_stage, stage_costs
+from lamina.experiment.shared import Data, Shared, client_costs, rounds_a_stage
 from lamina.local import LocalRun, conduct
 
 if TYPE_CHECKING:
@@ -70,10 +71,9 @@ async def run_row(
     run = _with_bundle(run, bundle, row.settings)
     record = _Record(note)
     await conduct(run, record)
-    costs = {
-        part: await asyncio.to_thread(stage_costs, bundle, row.settings, run.engines[0], part)
-        for part in set(modalities_of(record.events).values())
-    }
+    costs = await asyncio.to_thread(
+        client_costs, bundle, row.settings, run.engines[0], modalities_of(record.events), run.memory
+    )
     result = _result(row, run, record.events, rounds_of(record.events, run.groups, costs, row.settings))
     (run.folder / "aggregator" / MODEL).rename(own / MODEL)
     write_result(own / RESULT, result)
@@ -112,6 +112,7 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
         model=settings["model"],
         options=tuple(f"{name}={json.dumps(value)}" for name, value in model_options(settings).items()),
         warm_start=settings["warm_start"],
+        alignment=settings["alignment"],
         missing_modalities=settings["missing_modalities"],
         columns=tuple(
             f"{name.removeprefix('column.')}={value}"
@@ -127,7 +128,17 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
         calibration=data.origin / "public" if settings["calibration"] else None,
         plan=plan,
         client_processes=settings["client_processes"],
+        memory=_memory(settings, data.clients),
     )
+
+
+def _memory(settings: Values, clients: tuple[str, ...]) -> dict[str, int]:
+    """Bytes of the clients that have little; the first, whose memory is told, is never one of them."""
+    if settings["small_client_mb"] is None:
+        return {}
+    number = min(round(settings["small_clients"] * len(clients)), len(clients) - 1)
+    chosen = random.Random(f"small {settings['seed']}").sample(clients[1:], number)
+    return dict.fromkeys(chosen, settings["small_client_mb"] * 10**6)
 
 
 def _with_bundle(run: LocalRun, bundle: Path, settings: Values) -> LocalRun:

@@ -34,6 +34,7 @@ _ALONE = (
     *("max_staleness", "compression", "prefix_compression", "proximal_mu", "aggregation"),
     *("malicious_fraction", "max_update_norm", "max_examples", "server_optimizer", "server_learning_rate"),
     *("server_momentum", "server_beta_2", "server_tau", "client_processes"),
+    *("small_clients", "small_client_mb"),
 )
 """What is about several clients and what travels: a centralised row has none of it."""
 
@@ -79,6 +80,10 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer cl
     "--data-seed", type=click.IntRange(min=0), help="Of the partition.  [default: the row's seed]"
 )
 @click.option("--calibration/--no-calibration", default=False, help="On the data set's public examples.")
+@click.option(
+    "--small-clients", type=click.FloatRange(0, 1), default=0.0, help="Share that has little memory."
+)
+@click.option("--small-client-mb", type=click.IntRange(min=1), help="What these may use, 10^6 bytes.")
 @click.option("--client-processes", type=click.IntRange(min=0), default=0, help="0: one for each client.")
 def _row(**_values: Any) -> None:
     """Every setting but those of a data set."""
@@ -204,6 +209,10 @@ def _check_together(values: Values, given: Values, seed: int, where: str) -> Non
         raise UserError(
             f"{where}: client_processes is 1, and the first client has a process of its own",
             "write 2 for all others in one process, or 0 for one each",
+        )
+    if bool(values["small_clients"]) != (values["small_client_mb"] is not None):
+        raise UserError(
+            f"{where}: small_clients is how many have little memory, small_client_mb how much", "give both"
         )
     if values["schedule"] == CENTRALISED:
         return

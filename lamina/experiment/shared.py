@@ -18,7 +18,7 @@ import json
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,8 @@ from lamina.experiment.union import ALL, unite
 from lamina.local import LocalRun, clients_of, export_arguments
 from lamina.processes import Processes
 from wire.errors import UserError
-from wire.manifest import BlobRef, read_manifest
+from wire.manifest import BlobRef, Manifest, read_manifest
+from wire.parts import steps_within
 
 if TYPE_CHECKING:
     from export.costs import StageCost
@@ -129,15 +130,38 @@ def rounds_a_stage(bundle: Path, settings: Values) -> int | str:
     return rounds
 
 
-def stage_costs(
-    bundle: Path, settings: Values, engine: str, modalities: Collection[str]
+def client_costs(
+    bundle: Path,
+    settings: Values,
+    engine: str,
+    modalities: Mapping[str, frozenset[str]],
+    memory: Mapping[str, int],
+) -> dict[str, tuple[StageCost, ...]]:
+    """What each stage of the row costs each client; takes seconds.
+
+    modalities: of each client. memory: bytes that a client may use, where it may not use what it likes.
+    """
+    manifest, _ = read_manifest(bundle)
+    of_part = {part: _stage_costs(manifest, settings, engine, part) for part in set(modalities.values())}
+    found = {}
+    for client, part in modalities.items():
+        stages = of_part[part]
+        steps = steps_within(manifest, memory[client]) if client in memory else range(len(stages))
+        found[client] = tuple(
+            replace(stage, train_flops=stages[step].train_flops)
+            for stage, step in zip(stages, steps, strict=True)
+        )
+    return found
+
+
+def _stage_costs(
+    manifest: Manifest, settings: Values, engine: str, modalities: Collection[str]
 ) -> tuple[StageCost, ...]:
-    """What each stage of the row costs a client that has these modalities; takes seconds."""
+    """Of a client with these modalities, and memory enough."""
     from export.costs import Setting, schedule_cost
     from export.observe import skeleton
     from export.schedules import SCHEDULES
 
-    manifest, _ = read_manifest(bundle)
     whole = manifest.schedule == "end_to_end"
     extra = {} if whole else {"blocks_per_stage": settings["blocks_per_stage"]}
     with _COUNTING:
@@ -145,7 +169,8 @@ def stage_costs(
         schedule = SCHEDULES[manifest.schedule](
             model.depths, [stage.rounds for stage in manifest.stages], **extra
         )
-        setting = Setting(engine, settings["batch_size"], settings["local_epochs"])
+        aligned = bool(settings["alignment"])
+        setting = Setting(engine, settings["batch_size"], settings["local_epochs"], aligned)
         sizes = [stage.micro_batch_size for stage in manifest.stages]
         part = () if set(modalities) == manifest.modalities.keys() else modalities
         return schedule_cost(model, schedule, setting, sizes, part).stages

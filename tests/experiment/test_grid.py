@@ -180,6 +180,8 @@ MISTAKES = [
     (over('data_set = "emoji"\ndata = "mine"'), "both data and data_set", "one of them"),
     (over('data = "mine"\nalpha = 0.5'), "no setting 'alpha'", "docs/experiments.md"),
     (over("client_processes = 1"), "client_processes is 1", "write 2"),
+    (over("small_clients = 0.5"), "small_client_mb how much", "give both"),
+    (over("small_client_mb = 90"), "small_client_mb how much", "give both"),
     (over("total_rounds = 8"), "both rounds and total_rounds", "one of them"),
     (over('rounds2 = "x"'), "no setting 'rounds2'", "did you mean rounds?"),
     (BASE.replace("rounds = 2", 'rounds = [1, "x"]'), "no whole number", "a list of one a stage"),

@@ -242,3 +242,43 @@ def test_a_hosted_client_that_cannot_train_does_not_stop_the_others(tmp_path: Pa
     assert results[3].returncode == 1
     for result in results.values():
         assert "has no column 'text'" in result.stderr
+
+
+LITTLE_MEMORY = """total_rounds = 2
+client_processes = 2
+
+[[grid]]
+name = "memory"
+schedule = "progressive"
+
+[[grid]]
+name = "memory"
+schedule = "progressive"
+small_clients = 0.4
+small_client_mb = 120
+
+[[grid]]
+name = "memory"
+schedule = "end_to_end"
+small_clients = 0.4
+small_client_mb = 120
+min_available_clients = 2
+"""
+
+
+def test_clients_with_little_memory_train_as_deep_as_they_can(tmp_path: Path, data: Path) -> None:
+    base = FILE[: FILE.index("[[grid]]")].format(data=data).replace("width = 32", "width = 128")
+    file = tmp_path / "memory.toml"
+    file.write_text(base + LITTLE_MEMORY)
+    done = lamina("experiment", str(file), "--dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = [read_result(path) for path in (tmp_path / "rows").glob("*/result.json")]
+    found = {(one.settings["schedule"], one.settings["small_clients"]): one for one in results if one}
+    small, whole = found["progressive", 0.4], found["progressive", 0.0]
+    assert small.updates == whole.updates == 2 * len(CLIENTS)
+    assert small.rounds[0].flops == whole.rounds[0].flops
+    assert small.rounds[1].flops < 0.9 * whole.rounds[1].flops
+    assert small.metrics != whole.metrics
+    without = found["end_to_end", 0.4]
+    assert without.updates == 2 * (len(CLIENTS) - 1)
+    assert "needs 133 MB of memory, allowed are 120" in done.stderr
