@@ -14,50 +14,55 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_client.engines import BundleFile, Run, open_graph
-from edge_client.features import AnyArray, Features, Indices
-from wire.manifest import Graph, Stage, anchor_of
+from edge_client.features import AnyArray, Examples, Indices
+from wire.errors import GraphError
+from wire.manifest import Graph, Manifest, anchor_of
 from wire.tensors import Array, Arrays
 
 
 @dataclass(frozen=True)
 class Anchored:
-    """Features, and the anchors of every batch.
+    """Examples, and the anchors of every batch.
 
     runs: an input's name -> the graph that makes it, and what runs that. parameters: torch name -> float32.
+    at_once: the most examples that a graph takes.
     """
 
-    features: Features
+    examples: Examples
     runs: Mapping[str, tuple[Graph, Run]]
     parameters: Mapping[str, Array]
+    at_once: int
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.examples)
 
     def batch(self, indices: Sequence[int] | Indices, views: Indices | None = None) -> dict[str, AnyArray]:
-        """As of `Features`, with the anchors float32 `[B, E]`."""
-        arrays = self.features.batch(indices, views)
-        size = self.features.segment_batch_size
+        """As the examples', with the anchors float32 `[B, E]`. Raises `GraphError`."""
+        arrays = self.examples.batch(indices, views)
         made: Arrays = {}
         for name, (graph, run) in self.runs.items():
             pieces = []
-            for first in range(0, len(indices), size):
-                inputs = {one: arrays[one][first : first + size] for one in graph.inputs}
+            for first in range(0, len(indices), self.at_once):
+                inputs = {one: arrays[one][first : first + self.at_once] for one in graph.inputs}
                 pieces.append(run(inputs, self.parameters)[graph.outputs[0]])
+            if any(piece.ndim != 2 for piece in pieces) or sum(map(len, pieces)) != len(indices):
+                raise GraphError(f"{name} is not one embedding an example", "export the bundle once more")
             made[name] = np.concatenate(pieces)
         return arrays | made
 
 
 def anchored(
-    features: Features,
-    stage: Stage,
+    examples: Examples,
     parameters: Mapping[str, Array],
     engine: str,
     file: BundleFile,
-    threads: int,
-) -> Features | Anchored:
-    """The features with what the stage wants besides. engine, file: as for `open_graph`."""
+    manifest: Manifest,
+    stage: int,
+    threads: int = 1,
+) -> Examples:
+    """The examples, with anchors where a stage has them. parameters: offered; the rest as `open_engine`."""
     runs = {
         anchor_of(name): (graph, open_graph(engine, file, graph, threads))
-        for name, graph in stage.anchors.items()
+        for name, graph in manifest.stages[stage].anchors.items()
     }
-    return Anchored(features, runs, parameters) if runs else features
+    return Anchored(examples, runs, parameters, manifest.segment_batch_size) if runs else examples

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -63,9 +63,19 @@ class Prefix:
     segments: tuple[Segment, ...] = ()
 
 
+class Examples(Protocol):
+    """What a stage trains on, examples 0 to N - 1."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int] | Indices, views: Indices | None = None) -> dict[str, AnyArray]:
+        """A stage's inputs by name, each `[B, *shape]`. views: as of `Features.batch`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Features:
-    """A stage's inputs, examples 0 to N - 1.
+    """A stage's inputs but anchors, examples 0 to N - 1.
 
     names: of the inputs. prefixes: of those that are features, by input name.
     segment_batch_size: the most examples that a segment takes at once.

@@ -27,7 +27,7 @@ from edge_client.anchors import anchored
 from edge_client.cache import FeatureCache, Step
 from edge_client.checkpoint import Checkpoint
 from edge_client.device import Device, memory_mb, peak_rss_bytes, version
-from edge_client.engines import Run, choose, graph_file, open_engine, open_graph
+from edge_client.engines import Run, choose, open_engine, open_graph, step_files
 from edge_client.features import Features, by_own_names
 from edge_client.gate import Gate
 from edge_client.link import Link, find_run
@@ -205,8 +205,7 @@ class Session:
         report = self._done_before(offer)
         if report is None:
             stage = self._manifest.stages[offer.key.stage]
-            anchors = (graph_file(self._engine, graph) for graph in stage.anchors.values())
-            await self._bundle.need(*stage.engines[self._engine].values(), *anchors)
+            await self._bundle.need(*step_files(self._engine, stage))
             await self._parameters.prepare(offer)
             offered = await self._parameters.trainable(offer)
             names = stage.parameters.values()
@@ -250,10 +249,10 @@ class Session:
         self._cache.run(step, run, values, stop)
 
     def _train(self, offer: Offer, parameters: Arrays, features: Features, stop: StopEvent) -> Trained:
-        device, number, checkpoint = self._device, offer.key.stage, self._checkpoint(offer)
-        stage, file = self._manifest.stages[number], self._bundle.file
-        examples = anchored(features, stage, parameters, self._engine, file, device.threads)
-        with open_engine(self._engine, file, self._manifest, number, device.threads) as engine:
+        device, checkpoint = self._device, self._checkpoint(offer)
+        opening = self._bundle.file, self._manifest, offer.key.stage, device.threads
+        examples = anchored(features, parameters, self._engine, *opening)
+        with open_engine(self._engine, *opening) as engine:
             return train(engine, parameters, examples, offer.plan, device.name, stop, checkpoint)
 
     def _checkpoint(self, offer: Offer) -> Checkpoint:

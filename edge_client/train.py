@@ -17,10 +17,9 @@ from threading import Event
 
 import numpy as np
 
-from edge_client.anchors import Anchored
 from edge_client.checkpoint import Checkpoint, Progress
 from edge_client.engines import Engine
-from edge_client.features import Features, Stopped
+from edge_client.features import Examples, Stopped
 from wire.messages import TrainPlan
 from wire.tensors import Arrays
 
@@ -41,7 +40,7 @@ class Trained:
 def train(
     engine: Engine,
     parameters: Arrays,
-    features: Features | Anchored,
+    examples: Examples,
     plan: TrainPlan,
     client: str,
     stop: Event,
@@ -58,7 +57,7 @@ def train(
     generator = np.random.default_rng([plan.seed, zlib.crc32(client.encode())])
     loss = 0.0
     for epoch in range(plan.local_epochs):
-        order = generator.permutation(len(features))
+        order = generator.permutation(len(examples))
         views = generator.integers(plan.augmentations, size=len(order)) if plan.augmentations else None
         if epoch < begin.epoch:
             continue
@@ -71,7 +70,7 @@ def train(
             indices = np.sort(order[first : first + plan.batch_size])
             chosen = None if views is None else views[indices]
             # One batch in memory: it has no name that would keep it while the next is made.
-            mean = engine.train_step(features.batch(indices, chosen), plan.learning_rate)
+            mean = engine.train_step(examples.batch(indices, chosen), plan.learning_rate)
             if plan.proximal_mu:
                 engine.pull(parameters, plan.learning_rate * plan.proximal_mu)
             total += mean * len(indices)
@@ -79,4 +78,4 @@ def train(
     delta = engine.parameters()
     for name, value in delta.items():  # in place: the engine still holds all its memory
         value -= parameters[name]
-    return Trained(delta, len(features), loss)
+    return Trained(delta, len(examples), loss)

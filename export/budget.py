@@ -37,13 +37,16 @@ class Budget:
     """What a client may use.
 
     max_bytes: of its process. engines: those that the bundle is exported for. correction: what expectations
-    are multiplied by, after something was measured.
+    are multiplied by, after something was measured. aligned: whether it keeps to anchors. whole_batches:
+    whether there cannot be micro-batches.
     """
 
     max_bytes: int
     batch_size: int
     engines: tuple[str, ...]
     correction: float = 1.0
+    aligned: bool = False
+    whole_batches: bool = False
 
     def peak(self, stage: Footprint, micro_batch_size: int) -> int:
         """Of the engine that needs most."""
@@ -52,14 +55,18 @@ class Budget:
 
     def micro_batch_size(self, stage: Footprint) -> int | None:
         """0 where the whole batch fits, None where not even one example does."""
-        return next((size for size in self._sizes() if self.peak(stage, size) <= self.max_bytes), None)
+        return next((size for size in self.sizes if self.peak(stage, size) <= self.max_bytes), None)
 
     def is_comfortable(self, stage: Footprint) -> bool:
         """Whether it fits with the whole batch, or micro-batches that are not too small."""
-        size = COMFORTABLE if self.batch_size > COMFORTABLE else 0
-        return self.peak(stage, size) <= self.max_bytes or self.peak(stage, 0) <= self.max_bytes
+        sizes = [size for size in (0, COMFORTABLE) if size in self.sizes]
+        return any(self.peak(stage, size) <= self.max_bytes for size in sizes)
 
-    def _sizes(self) -> list[int]:
+    @property
+    def sizes(self) -> list[int]:
+        """Of micro-batches, the largest first: 0, the whole batch, then the powers of two below it."""
+        if self.whole_batches:
+            return [0]
         return [0, *(2**power for power in reversed(range((self.batch_size - 1).bit_length())))]
 
 
@@ -67,7 +74,7 @@ def expected_peaks(
     model: Model, schedule: Schedule, budget: Budget, micro_batch_sizes: Sequence[int]
 ) -> list[int]:
     """Bytes that a client is expected to need in each stage. model: an `export.observe.skeleton`."""
-    stages = zip(_footprints(model, schedule), micro_batch_sizes, strict=True)
+    stages = zip(_footprints(model, schedule, budget), micro_batch_sizes, strict=True)
     return [budget.peak(stage, size) for stage, size in stages]
 
 
@@ -90,7 +97,7 @@ def fit(
     def made(blocks: int) -> tuple[Schedule, list[Footprint]]:
         settings = {} if name == "end_to_end" else {"blocks_per_stage": blocks, "warm_start": warm_start}
         schedule = SCHEDULES[name](model.depths, rounds, **settings)
-        return schedule, _footprints(model, schedule)
+        return schedule, _footprints(model, schedule, budget)
 
     candidates = [blocks_per_stage or 1]
     if name == "layerwise":
@@ -102,8 +109,8 @@ def fit(
     return choose(budget, candidates, made)
 
 
-def _footprints(model: Model, schedule: Schedule) -> list[Footprint]:
-    cuts = cut_stages(model, schedule.stages)
+def _footprints(model: Model, schedule: Schedule, budget: Budget) -> list[Footprint]:
+    cuts = cut_stages(model, schedule.stages, alignment=float(budget.aligned))
     return [footprint(*pair) for pair in zip([None, *cuts[:-1]], cuts, strict=True)]
 
 
@@ -132,9 +139,10 @@ def _fitted(budget: Budget, schedule: Schedule, stages: Iterable[Footprint]) -> 
     for number, stage in enumerate(stages, 1):
         size = budget.micro_batch_size(stage)
         if size is None:
-            least = budget.peak(stage, 1)
+            least = budget.peak(stage, budget.sizes[-1])
+            how = "" if budget.whole_batches else " even one example at a time"
             raise UserError(
-                f"stage {number} needs {least / 1e6:.0f} MB even one example at a time, the budget is "
+                f"stage {number} needs {least / 1e6:.0f} MB{how}, the budget is "
                 f"{budget.max_bytes / 1e6:.0f} MB",
                 "take a smaller model, fewer tokens or pixels, or a larger --memory-budget",
             )

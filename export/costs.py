@@ -40,8 +40,8 @@ class StageCost:
     """One stage, for one client.
 
     trainable_parameters, frozen_parameters: of the model attached, numbers of scalars.
-    train_flops: of a train step, per example. prefix_flops: of all that is frozen, forward, per example.
-    segment_flops: of what was frozen last, forward, per example and once per stage.
+    train_flops: of a train step with its anchors, per example. prefix_flops: of all that is frozen,
+    forward, per example. segment_flops: of what was frozen last, forward, per example and once per stage.
     round_bytes: compression -> bytes of the trained groups, down each round and as many up.
     frozen_bytes: of the groups frozen last, down once per stage, where changes are not compressed.
     peak_bytes: expected of the client's process.
@@ -123,8 +123,12 @@ def schedule_cost(
 
     modalities: those that the client has, if it lacks some; then only its FLOPs are a client's.
     """
-    alignment = 1.0 if setting.aligned else 0.0
-    cuts = cut_stages(model, schedule.stages, missing_modalities=bool(modalities), alignment=alignment)
+    cuts = cut_stages(
+        model,
+        schedule.stages,
+        missing_modalities=bool(modalities),
+        alignment=float(setting.aligned),
+    )
     if modalities:
         cuts = [_of_part(cut, modalities) for cut in cuts]
     sizes = micro_batch_sizes or [0] * len(cuts)
@@ -186,6 +190,10 @@ def footprint(before: StageCuts | None, cut: StageCuts) -> Footprint:
         step=lambda size: observe_step(cut.train, size).peak_bytes,
         example_bytes=sum(
             np.dtype(spec.dtype).itemsize * math.prod(spec.shape) for spec in cut.train.inputs.values()
+        ),
+        anchor_bytes=sum(
+            4 * _count(one) + observe_forward(one, SEGMENT_BATCH_SIZE).peak_bytes
+            for one in cut.anchors.values()
         ),
         segment_parameter_bytes=sum(4 * _count(one) for one in segments),
         segment_bytes=max(

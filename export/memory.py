@@ -32,13 +32,14 @@ class Footprint:
     """What decides over a stage's memory, in bytes.
 
     step: examples at once -> the most that the step's inputs, activations and temporaries hold.
-    example_bytes: of its inputs.
+    example_bytes: of its inputs. anchor_bytes: of what makes the anchors, beside the step.
     segment_parameter_bytes, segment_bytes: of the segments that run before it, if any.
     """
 
     parameter_bytes: int
     step: Callable[[int], int]
     example_bytes: int = 0
+    anchor_bytes: int = 0
     segment_parameter_bytes: int = 0
     segment_bytes: int = 0
 
@@ -66,6 +67,7 @@ def peak_bytes(engine: str, footprint: Footprint, batch_size: int, micro_batch_s
     copies = memory.copies + (memory.sums if micro_batch_size else 0.0)
     at_once = min(micro_batch_size or batch_size, batch_size)
     waiting = (batch_size - at_once) * footprint.example_bytes
-    training = copies * footprint.parameter_bytes + memory.share * footprint.step(at_once) + waiting
+    beside = waiting + footprint.anchor_bytes
+    training = copies * footprint.parameter_bytes + memory.share * footprint.step(at_once) + beside
     segment = footprint.segment_parameter_bytes + SEGMENT_SHARE * memory.share * footprint.segment_bytes
     return CLIENT_BYTES + memory.base_bytes + round(max(training, segment))

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from export.stage import Cut, StageCuts, TrainCut, example
-from models.model import LABEL, Model
+from models.model import Model
 from wire.errors import LaminaError
-from wire.manifest import AdamW, Graph, Manifest, Stage
+from wire.manifest import LABEL, AdamW, Graph, Manifest, Stage
 from wire.parts import with_modalities
 from wire.tensors import Array, Arrays
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from export.schedules import StagePlan
 from models.encoder import Section
 from models.heads import ClassificationHead, Head
-from models.model import LABEL, Model
+from models.model import Model
 from wire.errors import UserError
-from wire.manifest import TensorSpec, anchor_of
+from wire.manifest import LABEL, TensorSpec, anchor_of
 
 
 class Cut(nn.Module):
@@ -41,7 +41,8 @@ class Cut(nn.Module):
 class TrainCut(Cut):
     """This stage's sections and the head: its inputs -> the loss, float32 [].
 
-    alignment: how much is added of each modality's mean distance from its anchors, 1 minus the cosine.
+    alignment: how much is added of the distance from the anchors: 1 minus the cosine, the mean over the
+        modalities and the batch.
     """
 
     outputs: tuple[str, ...] = ("loss",)

@@ -26,9 +26,8 @@ from inputs.rows import Rows
 from inputs.store import Cells, encoded, fingerprint, keep_only
 from inputs.table import Table, read_table
 from wire.errors import UserError
-from wire.manifest import Modality, Task
+from wire.manifest import LABEL, Modality, Task
 
-LABEL = "label"
 GROUP = "group"
 
 log = logging.getLogger(__name__)

@@ -50,9 +50,8 @@ class Calibration:
             run = open_graph(self._engine, self._bundle.joinpath, graph, self._threads)
             self._cache.run(step, run, dict(values), never)
         plan = replace(offer.plan, local_epochs=self._epochs, proximal_mu=0.0)
-        number, file = offer.key.stage, self._bundle.joinpath
-        stage, features = self._manifest.stages[number], self._cache.features(offer)
-        examples = anchored(features, stage, combined, self._engine, file, self._threads)
-        with open_engine(self._engine, file, self._manifest, number, self._threads) as engine:
+        opening = self._bundle.joinpath, self._manifest, offer.key.stage, self._threads
+        examples = anchored(self._cache.features(offer), combined, self._engine, *opening)
+        with open_engine(self._engine, *opening) as engine:
             trained = train(engine, combined, examples, plan, NAME, never)
         return {name: combined[name] + change for name, change in trained.delta.items()}

@@ -74,6 +74,8 @@ def command(
     if len(engine) != len(names):
         raise UserError(f"{len(names)} clients and {len(engine)} engines", "give each client one")
     budgets = {name: memory_bytes(text) for name, text in pairs(memory_budget, "--memory-budget").items()}
+    if strangers := sorted(budgets.keys() - set(names)):
+        raise UserError(f"--memory-budget of {strangers[0]}, who is not here", "name one of the clients")
     share_heap()
     devices = [
         Device(

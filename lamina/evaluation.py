@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_client.engines import ONNX, open_graph
-from inputs.dataset import LABEL, Dataset
+from inputs.dataset import Dataset
 from models.saved import CLASSIFIER_NAME, SavedModel
-from wire.manifest import Graph, Manifest
+from wire.manifest import LABEL, Graph, Manifest
 from wire.tensors import Array
 
 AT = (1, 5, 10)

@@ -181,6 +181,13 @@ def command(
         )
 
     chosen = check_engines(names or exportable())
+    budget = Budget(
+        memory_budget or 0,
+        min(batch_size, max_batch_size),
+        chosen,
+        aligned=bool(alignment),
+        whole_batches=bool(alignment) and built.task == "contrastive",
+    )
     shell = skeleton(built.builder, built.builder_options)
     measured: Sequence[Mapping[str, int]] = ()
     if memory_budget is None:
@@ -188,11 +195,11 @@ def command(
         made = SCHEDULES[schedule](built.depths, each, **({} if schedule == "end_to_end" else extra))
         sizes = [micro] * len(made.stages) if isinstance(micro, int) else micro
         check_micro_batches(sizes, len(made.stages), max_batch_size)
-        peaks = expected_peaks(shell, made, Budget(0, min(batch_size, max_batch_size), chosen), sizes)
+        peaks = expected_peaks(shell, made, budget, sizes)
         exported = write(made, out, force=force, micro_batch_sizes=sizes, expected_peak_bytes=peaks)
     else:
         within = export_within(
-            Budget(memory_budget, batch_size, chosen),
+            budget,
             partial(
                 fit,
                 shell,
@@ -248,16 +255,12 @@ def _memory(stage: Stage, measured: Mapping[str, int]) -> str:
 
 def _size(manifest: Manifest, engine: str) -> int:
     """Bytes of the files that a client with this engine fetches in a whole run, parameters apart."""
-    from edge_client.engines import graph_file
+    from edge_client.engines import graph_file, step_files
 
-    names = {
-        name
-        for stage in manifest.stages
-        for name in (
-            *stage.engines[engine].values(),
-            *(graph_file(engine, graph) for graph in stage.segments.values()),
-        )
-    }
+    names: set[str] = set()
+    for stage in manifest.stages:
+        names.update(step_files(engine, stage))
+        names.update(graph_file(engine, graph) for graph in stage.segments.values())
     return sum(manifest.files[name].size_bytes for name in names)
 
 

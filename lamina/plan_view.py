@@ -32,6 +32,7 @@ _NOTES = (
     "once: what was frozen last, down, as fp32.",
     "run: FLOPs per example with and without the cache, bytes of fp32; x end_to_end.",
 )
+_ANCHORS = "A step has in it the forward pass that makes its anchors."
 _MICRO = "Micro-batches are the bundle's; a contrastive step then runs forward twice."
 
 
@@ -44,7 +45,8 @@ def table(costs: list[ScheduleCost], setting: Setting) -> Group:
     epochs = f"{setting.local_epochs} local epoch{'s' if setting.local_epochs > 1 else ''}"
     micro = any(stage.micro_batch_size for cost in costs for stage in cost.stages)
     peak = f"peak: expected of a client, {setting.engine}, batches of {setting.batch_size}, {epochs}."
-    notes = (Text(note, style="dim") for note in (*_NOTES, *([_MICRO] if micro else []), peak))
+    more = [*([_ANCHORS] if setting.aligned else []), *([_MICRO] if micro else [])]
+    notes = (Text(note, style="dim") for note in (*_NOTES, *more, peak))
     return Group(*parts, Text("the whole run of a client", style="bold"), _totals(costs), Text(), *notes)
 
 

@@ -1,9 +1,9 @@
 """A stage's training on random examples in a process of its own: what a client's memory comes to.
 
 Rules: the process imports what a client imports and holds what a client holds: the offered parameters, the
-engine, the trained copy and the update. It runs the prefix's newest segment first, then `ROUNDS` times
-`STEPS` steps, for memory that one round has given back need not fit the next. What it lacks of a client is
-the broker's connection, messages and the reading of examples.
+engine, the graphs of anchors, the trained copy and the update. It runs the prefix's newest segment first,
+then `ROUNDS` times `STEPS` steps, for memory that one round has given back need not fit the next. What it
+lacks of a client is the broker's connection, messages and the reading of examples.
 
 Next: `export/budget.py`, which lowers a micro-batch where this finds more than the budget.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wire.errors import LaminaError
-from wire.manifest import Manifest, TensorSpec, read_manifest
+from wire.manifest import Manifest, TensorSpec, anchor_of, read_manifest
 
 ROUNDS, STEPS = 2, 2
 
@@ -48,6 +50,7 @@ def rehearse(bundle: Path, engine: str, stage: int, batch_size: int) -> int:
 def train_at_random(bundle: str, engine: str, stage: int, batch_size: int) -> int:
     """What `rehearse` runs; the peak of this process."""
     import edge_client.session  # noqa: F401 - with all that a client imports
+    from edge_client.anchors import anchored
     from edge_client.device import peak_rss_bytes
     from edge_client.engines import open_engine
 
@@ -56,15 +59,35 @@ def train_at_random(bundle: str, engine: str, stage: int, batch_size: int) -> in
     _run_segments(Path(bundle), manifest, engine, stage, generator)
     entry = manifest.stages[stage]
     offered = _parameters(manifest, manifest.names_of(entry.trainable), generator)
+    made = [anchor_of(name) for name in entry.anchors]
+    inputs = {name: spec for name, spec in entry.inputs.items() if name not in made}
+    opening = engine, Path(bundle).joinpath, manifest, stage
     for _ in range(ROUNDS):
-        with open_engine(engine, Path(bundle).joinpath, manifest, stage) as opened:
+        examples = anchored(_Random(inputs, generator), offered, *opening)
+        with open_engine(*opening) as opened:
             opened.load(offered)
             for _ in range(STEPS):
-                opened.train_step(_batch(entry.inputs, batch_size, generator), 1e-3)
+                opened.train_step(examples.batch(range(batch_size)), 1e-3)
             trained = opened.parameters()
             delta = {name: trained[name] - offered[name] for name in trained}
         del trained, delta
     return peak_rss_bytes()
+
+
+@dataclass(frozen=True)
+class _Random:
+    """Examples without end: others each time."""
+
+    inputs: dict[str, TensorSpec]
+    generator: np.random.Generator
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.integer], views: object = None) -> Arrays:
+        """As many as there are indices, whichever, of no view."""
+        del views
+        return _batch(self.inputs, len(indices), self.generator)
 
 
 def _run_segments(

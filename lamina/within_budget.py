@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_client.engines import available, graph_file
+from edge_client.engines import available, graph_file, step_files
 from export.budget import Budget, Fitted
 from export.bundle import Exported
 from export.folder import new_folder
@@ -81,7 +81,7 @@ def _measure(bundle: Path, manifest: Manifest, batch_size: int) -> tuple[dict[st
     def peak(engine: str, number: int) -> int:
         before = manifest.stages[number - 1].segments.values() if number else ()
         files = (
-            *manifest.stages[number].engines[engine].values(),
+            *step_files(engine, manifest.stages[number]),
             *(graph_file(engine, one) for one in before),
         )
         if files not in known:

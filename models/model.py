@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from models.encoder import Encoder
 from models.heads import Head
 from wire.errors import UserError
-from wire.manifest import Modality, Task, TensorSpec
-
-LABEL = "label"  # the target's input name, int64 [B]
+from wire.manifest import LABEL, Modality, Task, TensorSpec
 
 
 class Model(nn.Module):

@@ -65,6 +65,23 @@ def test_every_engine_has_to_fit():
     )
 
 
+def test_without_micro_batches_it_is_the_whole_batch_or_nothing():
+    one = stage(1, 3)
+    needed = peak_bytes("onnx", one, 32) / MB
+    assert budget(needed, whole_batches=True).micro_batch_size(one) == 0
+    less = budget(needed - 1, whole_batches=True)
+    assert less.micro_batch_size(one) is None
+    assert budget(needed - 1).micro_batch_size(one) == 16
+    assert not less.is_comfortable(one)
+    with pytest.raises(UserError, match=rf"needs {needed:.0f} MB, the budget is {needed - 1:.0f} MB"):
+        choose(less, [1], made(1, 3))
+
+
+def test_what_makes_anchors_counts_too():
+    assert budget(190).micro_batch_size(stage(2, 0)) == 0
+    assert budget(190).micro_batch_size(stage(2, 0, anchor_bytes=100 * MB)) is None
+
+
 def test_a_segment_counts_too():
     assert budget(120).micro_batch_size(stage(1, 0)) == 0
     assert budget(120).micro_batch_size(stage(1, 0, segment_bytes=100 * MB)) is None

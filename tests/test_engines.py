@@ -348,19 +348,21 @@ def test_a_gradient_of_exactly_zero_is_not_nan(case, engine):
 def test_a_pull_draws_every_parameter_towards_its_anchor(case, micro, engine, kind):
     one = case() if kind == "whole" else micro("contrastive")
     generator = np.random.default_rng(0)
-    anchor = {name: value + generator.random(value.shape, np.float32) for name, value in one.values.items()}
-    kept = {name: value.copy() for name, value in anchor.items()}
+    offered = {
+        name: value + generator.random(value.shape, np.float32) for name, value in one.values.items()
+    }
+    kept = {name: value.copy() for name, value in offered.items()}
     batches = [arrays(batch) for batch in one.batches(0)[:3]]
     with one.open(engine, 0) as opened:
         opened.load(one.values)
         for batch, rate in zip(batches, (0.25, 3.0, 1e-3), strict=True):
             opened.train_step(batch, LEARNING_RATE)
             before = opened.parameters()
-            opened.pull(anchor, rate)
+            opened.pull(offered, rate)
             for name, value in opened.parameters().items():
-                expected = (before[name].astype(np.float64) + rate * anchor[name]) / (1 + rate)
+                expected = (before[name].astype(np.float64) + rate * offered[name]) / (1 + rate)
                 np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
-    assert all(np.array_equal(anchor[name], kept[name]) for name in kept)
+    assert all(np.array_equal(offered[name], kept[name]) for name in kept)
 
 
 @pytest.mark.parametrize("kind", ["whole", "micro"])

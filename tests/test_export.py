@@ -21,10 +21,9 @@ from export.parity import ParityError, input_limits
 from export.schedules import end_to_end, layerwise
 from export.stage import cut_stages, example
 from export.tokenizer import train_tokenizer
-from models.model import LABEL
 from models.registry import build
 from wire.errors import UserError
-from wire.manifest import MANIFEST_NAME, BlobRef, decode_manifest
+from wire.manifest import LABEL, MANIFEST_NAME, BlobRef, decode_manifest
 from wire.parts import modality_sets, with_modalities
 from wire.tensors import unpack_file
 

@@ -32,7 +32,7 @@ def trains(manifest: Manifest) -> list[tuple[str, ...]]:
 def progressive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     folder = tmp_path_factory.mktemp("progressive") / "bundle"
     model = small("classification")
-    made = bundle(model, folder, "progressive", engines=[ONNX], missing_modalities=True)
+    made = bundle(model, folder, "progressive", engines=[ONNX], missing_modalities=True, alignment=0.5)
     return folder, needing(made.manifest, (100, 120, 140))
 
 
@@ -45,6 +45,7 @@ def test_a_stage_that_needs_too_much_trains_as_an_earlier_one(
     whole = progressive[1]
     seen = within(whole, megabytes * MB)
     assert trains(seen) == [whole.stages[depth].trainable for depth in depths]
+    assert [stage.anchors for stage in seen.stages] == [whole.stages[depth].anchors for depth in depths]
     assert [stage.rounds for stage in seen.stages] == [stage.rounds for stage in whole.stages]
     assert decode_manifest(encode_manifest(seen)) == seen
 
@@ -78,6 +79,7 @@ def test_both_together_train(progressive: tuple[Path, Manifest]) -> None:
         "head",
         "head.image",
     )
+    assert {name for name in seen.stages[2].inputs if name.endswith("anchor")} == {"image_anchor"}
     model = small("classification")
     batch = arrays(example(seen.stages[2].inputs, 5, {"label": 3}, torch.Generator().manual_seed(0)))
     with open_engine(ONNX, folder.joinpath, seen, 2) as engine:

@@ -26,7 +26,7 @@ import msgspec
 
 from wire.errors import UNDECODABLE, Malformed, PeerError, TooLarge, UserError
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
@@ -141,6 +141,10 @@ class PartialStep(msgspec.Struct, frozen=True):
     inputs: dict[str, TensorSpec]
     parameters: dict[str, str]
     engines: dict[str, dict[str, str]]
+
+
+LABEL = "label"
+"""The input of a class's number, int64 [B]."""
 
 
 def anchor_of(modality: str) -> str:
@@ -261,6 +265,7 @@ class Manifest(msgspec.Struct, frozen=True):
                 raise ValueError("a micro-batch is larger than the largest batch")
             steps = self.task if stage.micro_batch_size else WHOLE
             for step in stage.steps:
+                self._check_inputs(stage, step)
                 for engine, files in step.engines.items():
                     if engine in ROLES and files.keys() != ROLES[engine][steps]:
                         raise ValueError(f"a stage has not the files of an engine {engine!r}")
@@ -276,6 +281,19 @@ class Manifest(msgspec.Struct, frozen=True):
             for group, source in stage.warm_start.items():
                 if list(self.shapes_of((group,)).values()) != list(self.shapes_of((source,)).values()):
                     raise ValueError(f"{group!r} cannot start from {source!r}, which has other shapes")
+
+    def _check_inputs(self, stage: Stage, step: Stage | PartialStep) -> None:
+        names = step.modalities if isinstance(step, PartialStep) else tuple(self.modalities)
+        data = {one for name in names if name in self.modalities for one in self.modalities[name].inputs}
+        anchors = {anchor_of(name): graph for name, graph in stage.anchors.items() if name in names}
+        if unknown := sorted(step.inputs.keys() - data - anchors.keys() - {LABEL}):
+            raise ValueError(f"a stage has an input {unknown[0]!r}, which is no modality's")
+        if missing := sorted(anchors.keys() - step.inputs.keys()):
+            raise ValueError(f"a stage has no input {missing[0]!r}")
+        for name, graph in anchors.items():
+            trained = set(graph.parameters.values()) <= set(step.parameters.values())
+            if not (trained and data.issuperset(graph.inputs) and len(graph.outputs) == 1):
+                raise ValueError(f"{name!r} is not made of what its stage trains on")
 
     def _named_files(self) -> Iterator[str]:
         yield self.initial

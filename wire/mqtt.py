@@ -324,7 +324,7 @@ class Connection:
     async def until_reconnected(self, timeout_s: float) -> bool:
         """Wait for the next reconnect, at most so long; whether there was one.
 
-        By then the broker has answered to the subscriptions: no message to them is missed from now on.
+        By then the broker has answered to the subscriptions: no message to those that it grants is missed.
         """
         return bool(await within(timeout_s, self._connected.wait()))
 
@@ -424,11 +424,14 @@ class Connection:
             log.warning("%s - %s; trying again", error, error.hint, extra=self._fields)
 
     def _on_subscribe(self, mid: int, reasons: list[ReasonCode]) -> None:
+        refusal = next((str(reason) for reason in reasons if reason.is_failure), "")
         if mid == self._renewal:
+            if refusal:
+                log.warning("%s refuses a subscription: %s", self.broker, refusal, extra=self._fields)
             self._reconnected()
         confirmed = self._subscribed.pop(mid, None)
         if confirmed is not None and not confirmed.done():
-            confirmed.set_result(next((str(reason) for reason in reasons if reason.is_failure), ""))
+            confirmed.set_result(refusal)
 
     def _on_publish(self, mid: int, reason: ReasonCode) -> None:
         if next(iter(self._published), None) == mid:

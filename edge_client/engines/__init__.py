@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edge_client.engines.onnx_runtime import Run
 from wire.errors import UserError
-from wire.manifest import Graph, Manifest
+from wire.manifest import Graph, Manifest, Stage
 from wire.tensors import Array, Arrays
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "graph_file",
     "open_engine",
     "open_graph",
+    "step_files",
 ]
 
 AUTO = "auto"
@@ -63,8 +64,8 @@ class Engine(Protocol):
         """One AdamW step on `batch` (the stage's inputs, `[B, *shape]`, any B); the loss before it."""
         ...
 
-    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
-        """Draw what trains towards `anchor`, torch name -> float32: w becomes (w + rate a) / (1 + rate)."""
+    def pull(self, offered: Mapping[str, Array], rate: float) -> None:
+        """Draw each value w that trains towards the offered v, by torch name: (w + rate v) / (1 + rate)."""
         ...
 
     def parameters(self) -> Arrays:
@@ -134,6 +135,11 @@ def graph_file(engine: str, graph: Graph) -> str:
     """The name of the bundle's file of an inference graph, as the engine's runtime reads it."""
     name: str = _class(engine).graph_file(graph)
     return name
+
+
+def step_files(engine: str, stage: Stage) -> list[str]:
+    """The names of the bundle's files that a client needs to train a stage."""
+    return [*stage.engines[engine].values(), *(graph_file(engine, one) for one in stage.anchors.values())]
 
 
 def open_graph(engine: str, file: BundleFile, graph: Graph, threads: int = 1) -> Run:

@@ -128,10 +128,10 @@ class ExecuTorch:
             return {"loss": micro_batches.whole_loss(self, self._taken(batch), self._size, self._task)}
         return {"loss": self.part_of_loss(self._taken(batch))}
 
-    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+    def pull(self, offered: Mapping[str, Array], rate: float) -> None:
         """As in `Engine`."""
         self._loaded()
-        proximal.draw(zip(self._names, self._state[0], strict=True), anchor, rate)
+        proximal.draw(zip(self._names, self._state[0], strict=True), offered, rate)
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""

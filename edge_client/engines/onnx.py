@@ -137,10 +137,10 @@ class Onnx:
         self._sessions.pop("eval", None)
         return {"loss": loss}
 
-    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+    def pull(self, offered: Mapping[str, Array], rate: float) -> None:
         """As in `Engine`."""
         self._loaded()
-        proximal.draw(((self._names[name], value) for name, value in self._values.items()), anchor, rate)
+        proximal.draw(((self._names[name], value) for name, value in self._values.items()), offered, rate)
 
     def parameters(self) -> Arrays:
         """As in `Engine`."""

@@ -132,11 +132,11 @@ class OrtTraining:
         self._copy()
         return {"loss": micro_batches.whole_loss(self, fed, self._size, self._task)}
 
-    def pull(self, anchor: Mapping[str, Array], rate: float) -> None:
+    def pull(self, offered: Mapping[str, Array], rate: float) -> None:
         """As in `Engine`."""
         self._loaded()
         flat = self._flat()
-        proximal.draw(zip(self._names.values(), self._parts(flat), strict=True), anchor, rate)
+        proximal.draw(zip(self._names.values(), self._parts(flat), strict=True), offered, rate)
         self._put(flat)
 
     def parameters(self) -> Arrays:

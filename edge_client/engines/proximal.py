@@ -14,12 +14,12 @@ import numpy as np
 from wire.tensors import Array
 
 
-def draw(values: Iterable[tuple[str, Array]], anchor: Mapping[str, Array], rate: float) -> None:
-    """Each value w becomes (w + rate a) / (1 + rate), where a is its anchor.
+def draw(values: Iterable[tuple[str, Array]], offered: Mapping[str, Array], rate: float) -> None:
+    """Each value w becomes (w + rate v) / (1 + rate), where v is the one that was offered.
 
     That is the proximal operator of mu/2 |w - a|^2 for a step of length lr, with rate = lr mu (Parikh and
     Boyd, "Proximal Algorithms", 2014). values: torch name, float32 array. rate: 0 or more.
     """
     share = np.float32(rate / (1 + rate))
     for name, value in values:
-        value += share * (anchor[name] - value)
+        value += share * (offered[name] - value)

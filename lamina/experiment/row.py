@@ -41,6 +41,7 @@ from lamina.experiment.result import (
 from lamina.experiment.settings import PLAN, Values
 from lamina.experiment.shared import Data, Shared, client_costs, rounds_a_stage
 from lamina.local import LocalRun, conduct
+from wire.errors import UserError
 
 if TYPE_CHECKING:
     from aggregator.events import Event
@@ -133,10 +134,18 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
 
 
 def _memory(settings: Values, clients: tuple[str, ...]) -> dict[str, int]:
-    """Bytes of the clients that have little; the first, whose memory is told, is never one of them."""
-    if settings["small_client_mb"] is None:
+    """Bytes of the clients that have little; the first, whose memory is told, is never one of them.
+
+    Raises `UserError` where all would be, or a share that is not 0 comes to none.
+    """
+    if not settings["small_clients"]:
         return {}
-    number = min(round(settings["small_clients"] * len(clients)), len(clients) - 1)
+    number = round(settings["small_clients"] * len(clients))
+    if not 0 < number < len(clients):
+        raise UserError(
+            f"small_clients is {settings['small_clients']}: {number} of {len(clients)} clients",
+            "take a share between; the first client always has the memory it wants",
+        )
     chosen = random.Random(f"small {settings['seed']}").sample(clients[1:], number)
     return dict.fromkeys(chosen, settings["small_client_mb"] * 10**6)
 

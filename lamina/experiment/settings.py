@@ -34,7 +34,7 @@ _ALONE = (
     *("max_staleness", "compression", "prefix_compression", "proximal_mu", "aggregation"),
     *("malicious_fraction", "max_update_norm", "max_examples", "server_optimizer", "server_learning_rate"),
     *("server_momentum", "server_beta_2", "server_tau", "client_processes"),
-    *("small_clients", "small_client_mb"),
+    *("small_clients", "small_client_mb", "alignment"),
 )
 """What is about several clients and what travels: a centralised row has none of it."""
 
@@ -197,6 +197,8 @@ def idle(values: Values) -> list[str]:
         found += _ALONE
     if values["total_rounds"] is not None:
         found.append("rounds")
+    if not values["small_clients"]:
+        found.append("small_client_mb")
     if values.get("partition") == "iid" and "alpha" in values:
         found.append("alpha")
     return found
@@ -210,9 +212,9 @@ def _check_together(values: Values, given: Values, seed: int, where: str) -> Non
             f"{where}: client_processes is 1, and the first client has a process of its own",
             "write 2 for all others in one process, or 0 for one each",
         )
-    if bool(values["small_clients"]) != (values["small_client_mb"] is not None):
+    if values["small_clients"] and values["small_client_mb"] is None:
         raise UserError(
-            f"{where}: small_clients is how many have little memory, small_client_mb how much", "give both"
+            f"{where}: small_clients is the share that has little memory", "say how much: small_client_mb"
         )
     if values["schedule"] == CENTRALISED:
         return

@@ -42,7 +42,8 @@ def partly(tmp_path: Path, data: Path) -> Path:
 
 def test_clients_that_lack_a_modality_train_the_rest(tmp_path: Path, partly: Path) -> None:
     words = ("--data", str(partly), "--dir", str(tmp_path / "work"), "--name", "run", "--threads", "1")
-    done = lamina("run", "--json", *words, "--rounds", "2", "--missing-modalities", *MODEL)
+    words += ("--alignment", "0.1", "--missing-modalities")
+    done = lamina("run", "--json", *words, "--rounds", "2", *MODEL)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["total"]["updates"] == 2 * 2 * len(CLIENTS)

@@ -63,15 +63,16 @@ class World:
         task: str = "contrastive",
         schedule: str = "layerwise",
         engines: tuple[str, ...] = (ENGINE,),
+        alignment: float = 0.0,
         **blocks: int,
     ) -> World:
         """One of each kind is made for all the tests, which leave it as it is."""
-        key = (task, schedule, engines, *blocks.items())
+        key = (task, schedule, engines, alignment, *blocks.items())
         if key not in _WORLDS:
             folder, model = folders.mktemp("world"), small(task, **blocks)
-            manifest = bundle(model, folder / "bundle", schedule, engines=engines).manifest
+            made = bundle(model, folder / "bundle", schedule, engines=engines, alignment=alignment)
             data = write_examples(folder / "data")
-            _WORLDS[key] = cls(model, manifest, schedule, folder / "bundle", data)
+            _WORLDS[key] = cls(model, made.manifest, schedule, folder / "bundle", data)
         return _WORLDS[key]
 
     def dataset(self, cache: Path, data: Path | None = None) -> Dataset:

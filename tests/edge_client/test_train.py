@@ -58,10 +58,10 @@ class Recorder:
             self.stop.set()
         return float(len(self.batches))
 
-    def pull(self, anchor, rate):
+    def pull(self, offered, rate):
         self.calls.append("pull")
         self.pulls.append(rate)
-        assert all(np.array_equal(anchor[name], value) for name, value in OFFERED.items())
+        assert all(np.array_equal(offered[name], value) for name, value in OFFERED.items())
 
     def parameters(self):
         self.calls.append("parameters")
@@ -196,8 +196,8 @@ class Quadratic:
         self.values["w"] -= np.float32(learning_rate) * 2 * (self.values["w"] - 10)
         return 0.0
 
-    def pull(self, anchor, rate):
-        draw(self.values.items(), anchor, rate)
+    def pull(self, offered, rate):
+        draw(self.values.items(), offered, rate)
 
     def parameters(self):
         return {name: value.copy() for name, value in self.values.items()}

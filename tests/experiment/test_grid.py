@@ -98,6 +98,8 @@ def test_what_a_row_has_no_use_for_makes_no_difference(tmp_path):
     assert len(read(tmp_path, text).rows) == 2 + 4  # nothing of a centralised model travels
     text = BASE.replace("compression", "blocks_per_stage").replace('["none", "int8"]', "[1, 2]")
     assert len(read(tmp_path, text).rows) == 2 + 4  # end-to-end has one stage
+    text = BASE.replace("compression", "small_client_mb").replace('["none", "int8"]', "[90, 100]")
+    assert len(read(tmp_path, text).rows) == 2 * 2  # no client is small
     text = BASE.replace("compression", "alpha").replace('["none", "int8"]', '[0.1, 1]\npartition = "iid"')
     assert len(read(tmp_path, text).rows) == 2 + 2
 
@@ -180,8 +182,7 @@ MISTAKES = [
     (over('data_set = "emoji"\ndata = "mine"'), "both data and data_set", "one of them"),
     (over('data = "mine"\nalpha = 0.5'), "no setting 'alpha'", "docs/experiments.md"),
     (over("client_processes = 1"), "client_processes is 1", "write 2"),
-    (over("small_clients = 0.5"), "small_client_mb how much", "give both"),
-    (over("small_client_mb = 90"), "small_client_mb how much", "give both"),
+    (over("small_clients = 0.5"), "the share that has little memory", "small_client_mb"),
     (over("total_rounds = 8"), "both rounds and total_rounds", "one of them"),
     (over('rounds2 = "x"'), "no setting 'rounds2'", "did you mean rounds?"),
     (BASE.replace("rounds = 2", 'rounds = [1, "x"]'), "no whole number", "a list of one a stage"),

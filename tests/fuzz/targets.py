@@ -266,11 +266,15 @@ def _manifest() -> Manifest:
         frozen=(),
         rounds=3,
         warm_start={},
-        inputs={"image": TensorSpec((3, 8, 8), "float32")},
+        inputs={
+            "image": TensorSpec((3, 8, 8), "float32"),
+            "image_anchor": TensorSpec((4,), "float32"),
+        },
         parameters={"w": "image.block.1.weight"},
         engines={"onnx": {"train": "train.onnx", "eval": "eval.onnx"}},
         segments={"image": graph},
         encoders={"image": graph},
+        anchors={"image": graph},
     )
     names = ("image.0.onnx", "train.onnx", "eval.onnx", "initial.safetensors", "words.model")
     return Manifest(

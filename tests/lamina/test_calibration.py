@@ -9,15 +9,16 @@ import pytest
 from msgspec.structs import replace
 from small_world import World
 
+from edge_client.anchors import anchored
 from edge_client.engines import ONNX, open_engine
 from lamina.calibration import Calibration
 from wire.errors import UserError
 from wire.tensors import Arrays
 
 
-@pytest.fixture
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World.of(tmp_path_factory)
+@pytest.fixture(params=[0.0, 0.1], ids=["plain", "aligned"])
+def world(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> World:
+    return World.of(tmp_path_factory, alignment=request.param)
 
 
 def calibration(world: World, folder: Path, epochs: int = 3) -> Calibration:
@@ -40,7 +41,14 @@ def test_it_lowers_the_loss_and_leaves_the_rest(world: World, tmp_path: Path, st
     assert all(np.array_equal(combined[name], before[name]) for name in before)
     again = calibration(world, tmp_path)(world.offer(stage), world.values, combined)
     assert all(np.array_equal(after[name], again[name]) for name in after)
-    features = calibrate._cache.features(world.offer(stage))
+    features = anchored(
+        calibrate._cache.features(world.offer(stage)),
+        before,
+        ONNX,
+        world.folder.joinpath,
+        world.manifest,
+        stage,
+    )
     losses = []
     for values in (before, after):
         with open_engine(ONNX, world.folder.joinpath, world.manifest, stage) as engine:

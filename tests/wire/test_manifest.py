@@ -454,8 +454,9 @@ def test_a_named_parameter_that_is_not_listed_is_refused(change: Callable[[dict[
 
 
 def test_an_option_that_is_no_name_is_no_reference():
-    text = Modality("text", {}, {"tokenizer": 7, "length": 6})
-    assert manifest(modalities={"text": text}).modalities == {"text": text}
+    before = manifest().modalities
+    text = msgspec.structs.replace(before["text"], options={"tokenizer": 7, "length": 6})
+    assert manifest(modalities=before | {"text": text}).modalities["text"] == text
 
 
 def test_a_group_starts_only_from_one_of_the_same_shapes():
@@ -499,6 +500,42 @@ def test_a_stage_of_no_or_endless_rounds_is_refused(rounds: int):
     whole["stages"][0]["rounds"] = rounds
     with pytest.raises(Malformed, match="rounds"):
         decode_json(whole)
+
+
+def with_anchors(**changes: Any) -> Manifest:
+    """One whose last stage has an anchor for its pictures."""
+    graph = Graph("image.0.onnx", ("image",), ("embedding",), {"w": "image.block.0.weight"})
+    anchor = msgspec.structs.replace(graph, **changes)
+    fed = stage().inputs | {"image_anchor": TensorSpec((8,), "float32")}
+    last = stage(trainable=("image.block.0", "head"), inputs=fed, anchors={"image": anchor})
+    return manifest(stages=(stage(), last))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inputs": ("image", "image_anchor")},
+        {"inputs": ("label",)},
+        {"outputs": ()},
+        {"outputs": ("a", "b")},
+        {"parameters": {"w": "head.log_scale"}},
+    ],
+)
+def test_an_anchor_is_made_of_what_its_stage_trains_on(changes: dict[str, Any]):
+    assert decode_manifest(encode_manifest(with_anchors())) == with_anchors()
+    with pytest.raises(ValueError, match="'image_anchor' is not made of what its stage trains on"):
+        with_anchors(**changes)
+
+
+def test_a_stage_is_fed_with_what_there_is():
+    unknown = stage(
+        inputs={"image": TensorSpec((3, 8, 8), "float32"), "text_anchor": TensorSpec((8,), "float32")}
+    )
+    with pytest.raises(ValueError, match="'text_anchor', which is no modality's"):
+        manifest(stages=(unknown,))
+    (_, last) = with_anchors().stages
+    with pytest.raises(ValueError, match="no input 'image_anchor'"):
+        manifest(stages=(stage(anchors=last.anchors),))
 
 
 @pytest.mark.parametrize("other", [0, FORMAT + 1, -1])
