@@ -52,7 +52,8 @@ class Result(msgspec.Struct, frozen=True):
 
     settings: all of them. engine: that ran. clients: their number; examples: client -> examples, `first`
     the client that was alone. missing: updates that were waited for in vain. holdout: the folder of the
-    metrics' examples, "" without. date: of the end, ISO 8601. version: of Lamina.
+    metrics' examples, seen from the experiment's, "" without. date: of the end, ISO 8601. version: of
+    Lamina.
     """
 
     id: str

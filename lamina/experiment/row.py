@@ -75,7 +75,9 @@ async def run_row(
     costs = await asyncio.to_thread(
         client_costs, bundle, row.settings, run.engines[0], modalities_of(record.events), run.memory
     )
-    result = _result(row, run, record.events, rounds_of(record.events, run.groups, costs, row.settings))
+    result = _result(
+        row, run, folder, record.events, rounds_of(record.events, run.groups, costs, row.settings)
+    )
     (run.folder / "aggregator" / MODEL).rename(own / MODEL)
     write_result(own / RESULT, result)
     if not keep:
@@ -154,9 +156,12 @@ def _with_bundle(run: LocalRun, bundle: Path, settings: Values) -> LocalRun:
     return replace(run, bundle=bundle, plan=run.plan | {"rounds": rounds_a_stage(bundle, settings)})
 
 
-def _result(row: Row, run: LocalRun, events: list[Event], rounds: tuple[RoundResult, ...]) -> Result:
+def _result(
+    row: Row, run: LocalRun, folder: Path, events: list[Event], rounds: tuple[RoundResult, ...]
+) -> Result:
     closed = closing(events)
     holdout = run.data / "holdout"
+    ours = holdout.is_relative_to(folder)
     return Result(
         id=row.id,
         settings=row.settings,
@@ -170,7 +175,9 @@ def _result(row: Row, run: LocalRun, events: list[Event], rounds: tuple[RoundRes
         updates=closed.total.updates,
         missing=sum(len(one.missing) for one in events if isinstance(one, RoundClosed)),
         refusals=closed.total.refusals,
-        holdout=str(holdout) if holdout.is_dir() else "",
+        holdout=str(holdout.relative_to(folder) if ours else holdout.absolute())
+        if holdout.is_dir()
+        else "",
         date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         version=version(),
     )

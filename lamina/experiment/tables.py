@@ -129,4 +129,4 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], words: int) ->
 def _evaluation(result: Result, folder: Path) -> str:
     if not result.holdout:
         return NONE
-    return f"`lamina evaluate {folder / 'rows' / result.id / 'model'} --data {result.holdout}`"
+    return f"`lamina evaluate {folder / 'rows' / result.id / 'model'} --data {folder / result.holdout}`"

@@ -28,7 +28,7 @@ def round_result(number: int, metric: float, **more: Any) -> RoundResult:
     return RoundResult(**(values | more))
 
 
-def result(name: str, seed: int, rounds: Sequence[RoundResult], **settings: Any) -> Result:
+def result(name: str, seed: int, done: Sequence[RoundResult], /, **settings: Any) -> Result:
     """A row's, of these settings over the defaults."""
     return Result(
         id=name,
@@ -37,8 +37,8 @@ def result(name: str, seed: int, rounds: Sequence[RoundResult], **settings: Any)
         clients=2,
         first="ann",
         examples={"ann": 10, "bob": 20},
-        rounds=tuple(rounds),
-        metrics=rounds[-1].metrics,
+        rounds=tuple(done),
+        metrics=done[-1].metrics,
         peak_memory_mb_by_stage=(100.0,),
         updates=4,
         missing=0,

@@ -103,6 +103,19 @@ def test_what_a_method_has_no_use_for_does_not_set_it_apart():
     assert [method.label for method in problem.methods] == ["end-to-end", "layer-wise", "centralised"]
 
 
+def test_rounds_set_apart_where_they_differ():
+    (problem,) = problems(
+        [
+            *rows("end_to_end", [0.1], total_rounds=32),
+            *rows("layerwise", [0.1], total_rounds=32, seeds=(0, 1)),
+            *rows("layerwise", [0.1], rounds=[14, 6, 6, 6]),
+            *rows("layerwise", [0.1], total_rounds=112),
+        ]
+    )
+    labels = ["end-to-end", "layer-wise", "layer-wise, rounds 14-6-6-6", "layer-wise, total_rounds 112"]
+    assert [method.label for method in problem.methods] == labels
+
+
 def test_colours_differ_and_stay():
     labels = ["layer-wise", "layer-wise, int8", "end-to-end", "a", "b"]
     found = colours_of(labels)

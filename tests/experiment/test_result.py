@@ -152,7 +152,7 @@ def test_the_report(tmp_path):
     assert "No row is done." in page
     for row in done:
         assert f"lamina experiment {experiment.file} --dir here --only {row} --again" in page
-        assert f"lamina evaluate {tmp_path}/rows/{row}/model --data data/holdout" in page
+        assert f"lamina evaluate {tmp_path}/rows/{row}/model --data {tmp_path}/data/holdout" in page
     for name in ("methods-1.png", "methods-2.png", "methods-all.png"):
         assert f"({name})" in page
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"

@@ -150,7 +150,7 @@ def test_the_final_model_has_the_reports_metric(done: Done) -> None:
     for place in (0, 1):
         result = done.result(place)
         model = done.folder / "rows" / result.id / "model"
-        said = lamina("evaluate", str(model), "--data", result.holdout, "--json")
+        said = lamina("evaluate", str(model), "--data", str(done.folder / result.holdout), "--json")
         assert said.returncode == 0, said.stderr
         found = json.loads(said.stdout)
         assert found.keys() == result.metrics.keys()
