@@ -210,7 +210,8 @@ def _ceiling(axes: Any, method: Method, metric: str, colour: str) -> None:
 
 def _legend(figure: Any, handles: dict[str, Any]) -> None:
     """Of all panels, below them. handles: by label."""
-    columns = 3 if max(map(len, handles), default=0) < 40 else 2
+    longest = 0.7 + 0.075 * max(map(len, handles), default=0)  # inches
+    columns = min(3, max(1, int(figure.get_figwidth() / longest)))
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )

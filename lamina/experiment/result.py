@@ -18,7 +18,7 @@ import msgspec
 
 from aggregator.events import ClientCame, Event, RoundClosed, RunClosed, UsageTold
 from export.flops import flops_by_round
-from lamina.experiment.settings import Values
+from lamina.experiment.settings import Values, up_to_date
 from wire.errors import LocalError, UserError
 from wire.files import replacing
 from wire.messages import RoundKey, Usage
@@ -168,11 +168,12 @@ def write_result(path: Path, result: Result) -> None:
 def read_result(path: Path) -> Result | None:
     """None where there is none. Raises `UserError` for one that cannot be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Result)
+        result = msgspec.json.decode(path.read_bytes(), type=Result)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}", "remove it, and run its row again") from error
+    return msgspec.structs.replace(result, settings=up_to_date(result.settings))
 
 
 def _usage(events: Sequence[Event]) -> dict[tuple[RoundKey, str], dict[float, Usage]]:

@@ -175,15 +175,25 @@ def complete(given: Values, seed: int, where: str) -> Values:
 
 def telling(values: Values) -> Values:
     """Of a row's settings those that are not at their default, sorted by name, with what it trains on."""
-    defaults = dict(DEFAULTS)
-    if "data_set" in values:
-        defaults |= data_settings(values["data_set"], "")[1] | {"data_seed": values["seed"]}
+    defaults = _defaults_of(values)
     kept = ("data_set", "schedule", "seed")
     return {
         name: values[name]
         for name in sorted(values)
         if name in kept or name not in defaults or values[name] != defaults[name]
     }
+
+
+def up_to_date(values: Values) -> Values:
+    """All settings of a row that was run before some of them were there: these are at their defaults."""
+    unused = ("data",) if "data_set" in values else ("data_set", "data_seed")
+    return {name: value for name, value in _defaults_of(values).items() if name not in unused} | values
+
+
+def _defaults_of(values: Values) -> Values:
+    if "data_set" not in values:
+        return dict(DEFAULTS)
+    return DEFAULTS | data_settings(values["data_set"], "")[1] | {"data_seed": values["seed"]}
 
 
 def idle(values: Values) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import msgspec
 import pytest
 from pyarrow import parquet
 from results import METRIC, result, round_result
@@ -115,6 +116,9 @@ def test_a_result_comes_back_as_it_was(tmp_path):
     write_result(tmp_path / "result.json", one)
     assert read_result(tmp_path / "result.json") == one
     assert read_result(tmp_path / "other.json") is None
+    older = {name: value for name, value in one.settings.items() if name not in ("alignment", "public")}
+    write_result(tmp_path / "result.json", msgspec.structs.replace(one, settings=older))
+    assert read_result(tmp_path / "result.json") == one  # what was added since is at its default
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         read_result(tmp_path / "result.json")
