@@ -34,7 +34,7 @@ _ALONE = (
     *("max_staleness", "compression", "prefix_compression", "proximal_mu", "aggregation"),
     *("malicious_fraction", "max_update_norm", "max_examples", "server_optimizer", "server_learning_rate"),
     *("server_momentum", "server_beta_2", "server_tau", "client_processes"),
-    *("small_clients", "small_client_mb", "alignment"),
+    *("small_clients", "small_client_mb", "alignment", "drop_incomplete"),
 )
 """What is about several clients and what travels: a centralised row has none of it."""
 
@@ -80,6 +80,11 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer cl
     "--data-seed", type=click.IntRange(min=0), help="Of the partition.  [default: the row's seed]"
 )
 @click.option("--calibration/--no-calibration", default=False, help="On the data set's public examples.")
+@click.option(
+    "--drop-incomplete/--keep-incomplete",
+    default=False,
+    help="Whether clients that lack a modality are left out.",
+)
 @click.option(
     "--small-clients", type=click.FloatRange(0, 1), default=0.0, help="Share that has little memory."
 )
@@ -207,6 +212,8 @@ def idle(values: Values) -> list[str]:
         found += _ALONE
     if values["total_rounds"] is not None:
         found.append("rounds")
+    if values.get("missing_modality") == 0:
+        found.append("drop_incomplete")
     if not values["small_clients"]:
         found.append("small_client_mb")
     if values.get("partition") == "iid" and "alpha" in values:

@@ -23,6 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from lamina.data.folder import INVENTORY_NAME, Inventory
 from lamina.experiment.settings import CENTRALISED, Values, data_settings
 from lamina.experiment.union import ALL, unite
 from lamina.local import LocalRun, clients_of, export_arguments
@@ -64,6 +67,11 @@ class Shared:
         """A row's data, prepared or found. Raises `UserError`, `ChildFailed`."""
         origin = Path(settings["data"]) if "data" in settings else await self._prepared(settings)
         clients = clients_of(origin)
+        if settings["drop_incomplete"]:
+            incomplete = _lacking(origin)
+            clients = tuple(client for client in clients if client not in incomplete)
+            if not clients:
+                raise UserError(f"every client of {origin} lacks a modality", "leave out drop_incomplete")
         if settings["schedule"] != CENTRALISED:
             return Data(origin, origin, clients)
         name = origin.name if "data" not in settings else f"{origin.name}-{_key(str(origin.resolve()))}"
@@ -112,6 +120,18 @@ class Shared:
     async def _run(self, folder: Path, *arguments: str) -> None:
         async with Processes(self._folder / "logs", self._note) as processes:
             await processes.run(folder.name, *arguments)
+
+
+def _lacking(data: Path) -> Collection[str]:
+    """The clients that lack a modality. Raises `UserError`."""
+    path = data / INVENTORY_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Inventory).lacking
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(
+            f"drop_incomplete needs {path}, which says who lacks what: {error}",
+            "leave out the folders of those clients, or drop_incomplete",
+        ) from error
 
 
 def rounds_a_stage(bundle: Path, settings: Values) -> int | str:
