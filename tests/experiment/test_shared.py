@@ -30,6 +30,6 @@ def test_clients_that_lack_a_modality_are_left_out_where_that_is_asked_for(tmp_p
     assert clients(tmp_path, drop_incomplete=True) == ("bob",)
     alone = msgspec.structs.replace(inventory, lacking=dict.fromkeys(("ann", "bob", "cy"), "text"))
     (tmp_path / "mine" / INVENTORY_NAME).write_bytes(msgspec.json.encode(alone))
-    with pytest.raises(UserError, match="every client of .* lacks a modality"):
+    with pytest.raises(UserError, match=r"every client of .* lacks a modality"):
         clients(tmp_path, drop_incomplete=True)
     assert clients(tmp_path, drop_incomplete=False) == ("ann", "bob", "cy")
