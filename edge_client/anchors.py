@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from functools import partial
 
 from edge_client.engines import BundleFile, Run, open_graph
-from edge_client.features import AnyArray, Examples, Indices
+from edge_client.features import AnyArray, Examples, Indices, in_pieces
 from wire.errors import GraphError
 from wire.manifest import Graph, Manifest, anchor_of
 from wire.tensors import Array, Arrays
@@ -40,15 +39,17 @@ class Anchored:
         """As the examples', with the anchors float32 `[B, E]`. Raises `GraphError`."""
         arrays = self.examples.batch(indices, views)
         made: Arrays = {}
-        for name, (graph, run) in self.runs.items():
-            pieces = []
-            for first in range(0, len(indices), self.at_once):
-                inputs = {one: arrays[one][first : first + self.at_once] for one in graph.inputs}
-                pieces.append(run(inputs, self.parameters)[graph.outputs[0]])
-            if any(piece.ndim != 2 for piece in pieces) or sum(map(len, pieces)) != len(indices):
-                raise GraphError(f"{name} is not one embedding an example", "export the bundle once more")
-            made[name] = np.concatenate(pieces)
+        for name in self.runs:
+            made[name] = in_pieces(len(indices), self.at_once, partial(self._piece, name, arrays))
         return arrays | made
+
+    def _piece(self, name: str, arrays: Mapping[str, AnyArray], piece: slice) -> Array:
+        graph, run = self.runs[name]
+        inputs = {one: arrays[one][piece] for one in graph.inputs}
+        embeddings = run(inputs, self.parameters)[graph.outputs[0]]
+        if embeddings.ndim != 2 or any(len(embeddings) != len(value) for value in inputs.values()):
+            raise GraphError(f"{name} is not one embedding an example", "export the bundle once more")
+        return embeddings
 
 
 def anchored(

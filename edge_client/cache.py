@@ -32,7 +32,7 @@ from edge_client.features import AnyArray, Features, Prefix, Segment, every_row,
 from inputs.dataset import Dataset
 from inputs.rows import Rows, file_bytes, write_rows
 from wire.errors import UserError
-from wire.manifest import Graph, Manifest, anchor_of
+from wire.manifest import Graph, Manifest
 from wire.messages import Offer
 from wire.tensors import Arrays
 
@@ -133,7 +133,7 @@ class FeatureCache:
         self._prefixes = {path: self._prefixes[path] for path in targets.values()}
         with self._telling():
             self._keep({prefix.rows.path for prefix in prefixes.values() if prefix.rows is not None})
-        names = frozenset(stage.inputs) - set(map(anchor_of, stage.anchors))  # `edge_client/anchors.py`
+        names = frozenset(stage.example_inputs)
         return Features(self._dataset, names, prefixes, self._manifest.segment_batch_size)
 
     def _is_written(self, step: Step, prefix: Prefix, shape: tuple[int, ...], stop: Event) -> bool:

@@ -10,7 +10,7 @@ Next: `edge_client/cache.py`, which decides how each modality's features are had
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import Any, Protocol
@@ -113,15 +113,13 @@ class Features:
         return rows.read(examples, np.float32)
 
     def _computed(self, name: str, prefix: Prefix, examples: Indices, views: Indices | None) -> Array:
-        made: Array | None = None
-        for first in range(0, len(examples), self.segment_batch_size):
-            piece = slice(first, first + self.segment_batch_size)
-            part = self._piece(name, prefix, examples[piece], None if views is None else views[piece])
-            if made is None:
-                made = np.empty((len(examples), *part.shape[1:]), np.float32)
-            made[piece] = part
-        assert made is not None
-        return made
+        return in_pieces(
+            len(examples),
+            self.segment_batch_size,
+            lambda piece: self._piece(
+                name, prefix, examples[piece], None if views is None else views[piece]
+            ),
+        )
 
     def _piece(self, name: str, prefix: Prefix, examples: Indices, views: Indices | None) -> Array:
         wanted = {one for segment in prefix.segments for one in segment.graph.inputs}
@@ -134,6 +132,19 @@ class Features:
             arrays[name] = segment.run(arrays, segment.parameters)[segment.graph.outputs[0]]
         features: Array = arrays[name]
         return features
+
+
+def in_pieces(num_rows: int, at_once: int, make: Callable[[slice], Array]) -> Array:
+    """What `make` makes of each piece of so many rows, in one array float32 `[num_rows, ...]`."""
+    made: Array | None = None
+    for first in range(0, num_rows, at_once):
+        piece = slice(first, first + at_once)
+        part = make(piece)
+        if made is None:
+            made = np.empty((num_rows, *part.shape[1:]), np.float32)
+        made[piece] = part
+    assert made is not None
+    return made
 
 
 def every_row(features: Features, name: str, num_views: int, stop: Event) -> Iterator[Array]:

@@ -76,7 +76,7 @@ def command(
     except ImportError as error:
         raise UserError(f"planning needs {error.name}", 'pip install "lamina[export]"') from error
 
-    setting = Setting(chosen, batch_size, local_epochs, bool(manifest.stages[0].anchors))
+    setting = Setting(chosen, batch_size, local_epochs, manifest.aligned)
     model = skeleton(manifest.builder, manifest.builder_options)
     costs = every_schedule(model, manifest, setting, rounds)
     if plot is not None:

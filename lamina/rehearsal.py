@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wire.errors import LaminaError
-from wire.manifest import Manifest, TensorSpec, anchor_of, read_manifest
+from wire.manifest import Manifest, TensorSpec, read_manifest
 
 ROUNDS, STEPS = 2, 2
 
@@ -59,11 +59,9 @@ def train_at_random(bundle: str, engine: str, stage: int, batch_size: int) -> in
     _run_segments(Path(bundle), manifest, engine, stage, generator)
     entry = manifest.stages[stage]
     offered = _parameters(manifest, manifest.names_of(entry.trainable), generator)
-    made = [anchor_of(name) for name in entry.anchors]
-    inputs = {name: spec for name, spec in entry.inputs.items() if name not in made}
     opening = engine, Path(bundle).joinpath, manifest, stage
     for _ in range(ROUNDS):
-        examples = anchored(_Random(inputs, generator), offered, *opening)
+        examples = anchored(_Random(entry.example_inputs, generator), offered, *opening)
         with open_engine(*opening) as opened:
             opened.load(offered)
             for _ in range(STEPS):

@@ -190,6 +190,12 @@ class Stage(msgspec.Struct, frozen=True):
     anchors: dict[str, Graph] = {}
 
     @property
+    def example_inputs(self) -> dict[str, TensorSpec]:
+        """Those of `inputs` that come from examples: all but the anchors, which the device makes."""
+        made = set(map(anchor_of, self.anchors))
+        return {name: spec for name, spec in self.inputs.items() if name not in made}
+
+    @property
     def steps(self) -> tuple[Stage | PartialStep, ...]:
         """The train step, and those of parts of it."""
         return (self, *self.partials)
@@ -265,7 +271,6 @@ class Manifest(msgspec.Struct, frozen=True):
                 raise ValueError("a micro-batch is larger than the largest batch")
             steps = self.task if stage.micro_batch_size else WHOLE
             for step in stage.steps:
-                self._check_inputs(stage, step)
                 for engine, files in step.engines.items():
                     if engine in ROLES and files.keys() != ROLES[engine][steps]:
                         raise ValueError(f"a stage has not the files of an engine {engine!r}")
@@ -276,6 +281,8 @@ class Manifest(msgspec.Struct, frozen=True):
                     raise ValueError(f"{partial.modalities} are not some of the modalities")
                 if not set(partial.trainable) <= set(stage.trainable):
                     raise ValueError("a part of a stage trains what the stage does not")
+            for step in stage.steps:
+                self._check_inputs(stage, step)
             if "executorch" in stage.engines and not all(one.program for one in stage.on_device):
                 raise ValueError("a graph has no program for the engine executorch")
             for group, source in stage.warm_start.items():
@@ -284,7 +291,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def _check_inputs(self, stage: Stage, step: Stage | PartialStep) -> None:
         names = step.modalities if isinstance(step, PartialStep) else tuple(self.modalities)
-        data = {one for name in names if name in self.modalities for one in self.modalities[name].inputs}
+        data = {one for name in names for one in self.modalities[name].inputs}
         anchors = {anchor_of(name): graph for name, graph in stage.anchors.items() if name in names}
         if unknown := sorted(step.inputs.keys() - data - anchors.keys() - {LABEL}):
             raise ValueError(f"a stage has an input {unknown[0]!r}, which is no modality's")
@@ -294,6 +301,11 @@ class Manifest(msgspec.Struct, frozen=True):
             trained = set(graph.parameters.values()) <= set(step.parameters.values())
             if not (trained and data.issuperset(graph.inputs) and len(graph.outputs) == 1):
                 raise ValueError(f"{name!r} is not made of what its stage trains on")
+
+    @property
+    def aligned(self) -> bool:
+        """Whether clients keep their embeddings to anchors."""
+        return bool(self.stages[0].anchors)
 
     def _named_files(self) -> Iterator[str]:
         yield self.initial

@@ -426,6 +426,7 @@ class Connection:
     def _on_subscribe(self, mid: int, reasons: list[ReasonCode]) -> None:
         refusal = next((str(reason) for reason in reasons if reason.is_failure), "")
         if mid == self._renewal:
+            self._renewal = None
             if refusal:
                 log.warning("%s refuses a subscription: %s", self.broker, refusal, extra=self._fields)
             self._reconnected()

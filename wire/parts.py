@@ -27,11 +27,11 @@ def with_modalities(manifest: Manifest, modalities: tuple[str, ...]) -> Manifest
     stages = []
     for stage in manifest.stages:
         step = next(one for one in stage.partials if one.modalities == modalities)
-        segments = {name: graph for name, graph in stage.segments.items() if name in modalities}
-        encoders = {name: graph for name, graph in stage.encoders.items() if name in modalities}
-        anchors = {name: graph for name, graph in stage.anchors.items() if name in modalities}
-        changes = {"segments": segments, "encoders": encoders, "anchors": anchors}
-        stages.append(_training(stage, step, **changes, partials=()))
+        graphs = {
+            kind: {name: graph for name, graph in getattr(stage, kind).items() if name in modalities}
+            for kind in ("segments", "encoders", "anchors")
+        }
+        stages.append(_training(stage, step, **graphs, partials=()))
     return msgspec.structs.replace(
         manifest,
         modalities={name: entry for name, entry in manifest.modalities.items() if name in modalities},

@@ -17,7 +17,7 @@ from wire.tensors import Array
 def draw(values: Iterable[tuple[str, Array]], offered: Mapping[str, Array], rate: float) -> None:
     """Each value w becomes (w + rate v) / (1 + rate), where v is the one that was offered.
 
-    That is the proximal operator of mu/2 |w - a|^2 for a step of length lr, with rate = lr mu (Parikh and
+    That is the proximal operator of mu/2 |w - v|^2 for a step of length lr, with rate = lr mu (Parikh and
     Boyd, "Proximal Algorithms", 2014). values: torch name, float32 array. rate: 0 or more.
     """
     share = np.float32(rate / (1 + rate))

@@ -3,8 +3,8 @@
 Rules: the settings of the data say what the *problem* is, all others what the *method* is; results that
 differ in their seed or fold alone are repeats of one. Only methods of one problem are compared. A setting
 that rows of one schedule partly have no use for sets them apart, too. A method's label leaves out what is
-at its default, or as in the first row where a setting has none. A curve
-between two rounds is a straight line; before its first round and after its last it has no value.
+at its default, or as in the first row where a setting has none. A curve between two rounds is a straight
+line; before its first round and after its last it has no value.
 
 Next: `lamina/experiment/tables.py` and `lamina/experiment/pictures.py`, which show it.
 """
@@ -88,14 +88,16 @@ def problems(results: Sequence[Result]) -> list[Problem]:
         for name in dict.fromkeys(name for settings in used for name in settings)
         if name not in REPEATS and _varies(name, used)
     ]
-    usual = {name: value for name, value in used[0].items() if DEFAULTS.get(name) is None} if used else {}
+    first = used[0] if used else {}
+    usual = DEFAULTS | {name: value for name, value in first.items() if DEFAULTS.get(name) is None}
     groups: dict[str, dict[str, list[Result]]] = {}
     apart: dict[str, Values] = {}
     for result, settings in zip(results, used, strict=True):
         problem = {name: settings[name] for name in varied if name in of_data and name in settings}
         method = {name: settings[name] for name in varied if name not in of_data and name in settings}
-        more = {name: value for name, value in method.items() if value != (DEFAULTS | usual).get(name)}
-        keys = _label(problem), _method_label(settings["schedule"], more)
+        unusual = {name: value for name, value in method.items() if value != usual.get(name)}
+        unusual.pop("schedule", None)
+        keys = _label(problem), ", ".join(filter(None, (_TITLES[settings["schedule"]], _label(unusual))))
         apart |= {keys[0]: problem, "\n".join(keys): method}
         groups.setdefault(keys[0], {}).setdefault(keys[1], []).append(result)
     return [
@@ -177,21 +179,14 @@ def _used(settings: Values) -> Values:
 
 def _varies(name: str, used: Sequence[Values]) -> bool:
     values = {shown(one[name]) for one in used if name in one}
-    partly = {one["schedule"] for one in used if name in one} & {
-        one["schedule"] for one in used if name not in one
-    }
-    return len(values) > 1 or bool(partly)
+    having = {one["schedule"] for one in used if name in one}
+    lacking = {one["schedule"] for one in used if name not in one}
+    return len(values) > 1 or bool(having & lacking)
 
 
 def _data_names(settings: Values) -> set[str]:
     own = {"data", "data_set", "data_seed", "clients"}
     return own | set(data_settings(settings["data_set"], "")[0]) if "data_set" in settings else own
-
-
-def _method_label(schedule: str, unusual: Values) -> str:
-    more = {name: value for name, value in unusual.items() if name != "schedule"}
-    title = _TITLES[schedule]
-    return f"{title}, {_label(more)}" if more else title
 
 
 def _label(varied: Values) -> str:

@@ -191,14 +191,16 @@ def telling(values: Values) -> Values:
 
 def up_to_date(values: Values) -> Values:
     """All settings of a row that was run before some of them were there: these are at their defaults."""
-    unused = ("data",) if "data_set" in values else ("data_set", "data_seed")
-    return {name: value for name, value in _defaults_of(values).items() if name not in unused} | values
+    return _defaults_of(values) | values
 
 
 def _defaults_of(values: Values) -> Values:
-    if "data_set" not in values:
-        return dict(DEFAULTS)
-    return DEFAULTS | data_settings(values["data_set"], "")[1] | {"data_seed": values["seed"]}
+    """Of the settings that there are for the row's own data, or for its data set."""
+    defaults, unused = DEFAULTS, {"data_set", "data_seed"}
+    if "data_set" in values:
+        defaults = DEFAULTS | data_settings(values["data_set"], "")[1] | {"data_seed": values["seed"]}
+        unused = {"data"}
+    return {name: value for name, value in defaults.items() if name not in unused}
 
 
 def idle(values: Values) -> list[str]:

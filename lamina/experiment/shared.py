@@ -189,8 +189,7 @@ def _stage_costs(
         schedule = SCHEDULES[manifest.schedule](
             model.depths, [stage.rounds for stage in manifest.stages], **extra
         )
-        aligned = bool(manifest.stages[0].anchors)
-        setting = Setting(engine, settings["batch_size"], settings["local_epochs"], aligned)
+        setting = Setting(engine, settings["batch_size"], settings["local_epochs"], manifest.aligned)
         sizes = [stage.micro_batch_size for stage in manifest.stages]
         part = () if set(modalities) == manifest.modalities.keys() else modalities
         return schedule_cost(model, schedule, setting, sizes, part).stages
