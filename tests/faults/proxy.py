@@ -274,29 +274,26 @@ class Proxy:
         name = first.client_id
         self._numbers[name] += 1
         there, to_broker = await asyncio.open_connection("127.0.0.1", self._broker_port)
-        up, down = _Pipe(to_broker), _Pipe(writer)
         seeds = [f"{self._seed}/{name}/{self._numbers[name]}/{way}" for way in ("up", "down")]
-        tasks = [
-            asyncio.ensure_future(work)
-            for work in (
-                self._pass_on("up", reader, up, down, random.Random(seeds[0]), first),
-                self._pass_on("down", there, down, up, random.Random(seeds[1]), None),
-                up.run(),
-                down.run(),
-            )
-        ]
-        try:
-            # Once one side has ended, the other gets what is due to it, and then its end.
-            await asyncio.wait(tasks[2:], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            for task in tasks:
-                if not task.cancelled():
-                    task.exception()
-            for side in (to_broker, writer):
-                side.close()  # what is written still goes out: half a packet, in a cut
+        # Both close whatever happens. What is written still goes out: half a packet, in a cut.
+        with contextlib.closing(writer), contextlib.closing(to_broker):
+            up, down = _Pipe(to_broker), _Pipe(writer)
+            tasks = [
+                asyncio.ensure_future(work)
+                for work in (
+                    self._pass_on("up", reader, up, down, random.Random(seeds[0]), first),
+                    self._pass_on("down", there, down, up, random.Random(seeds[1]), None),
+                    up.run(),
+                    down.run(),
+                )
+            ]
+            try:
+                # Once one side has ended, the other gets what is due to it, and then its end.
+                await asyncio.wait(tasks[2:], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)  # `_cut_all` may cancel this, too
 
     async def _pass_on(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import socket
 import time
@@ -102,6 +103,15 @@ def test_without_faults_every_byte_passes_both_ways(join: Join, size: int) -> No
         sending.sendall(packets)
         sending.close()
         assert read(other, len(packets)) == packets
+
+
+def test_its_end_in_the_middle_of_a_connections_end_leaves_nothing_open(server: socket.socket) -> None:
+    dice = random.Random(0)
+    for _ in range(500):
+        with Proxy(server.getsockname()[1]) as proxy:
+            Joined(server, proxy.url).close()
+            time.sleep(dice.random() * 6e-4)  # about what the proxy takes to notice
+    gc.collect()  # a connection that is left open is a warning, and warnings are errors
 
 
 def test_a_lost_publish_that_is_acknowledged(join: Join) -> None:
