@@ -25,7 +25,7 @@ from lamina.experiment.pictures import (
     matplotlib_is_here,
 )
 from lamina.experiment.result import Result
-from lamina.experiment.tables import commands, equal, figures, percent
+from lamina.experiment.tables import by_fold, commands, equal, figures, percent
 from wire.errors import UserError
 
 NAME = "report.md"
@@ -43,6 +43,7 @@ NOTES = """## How to read it
 - *At equal bytes* (or FLOPs): what each method had reached when it had spent what the least of them spends
   in all, on a straight line between the two rounds of its own curve around that; a dash if that is before
   its first round.
+- *Points above the first*: the difference of two runs of one seed and fold, as mean and standard deviation.
 """
 
 
@@ -110,6 +111,8 @@ def _section(grid: Grid, found: Sequence[Problem], wanted: str, colours: Colours
             page += [f"{metric} of the hold-out; by chance it is {percent([chance])}.", ""]
         if compared := equal(found, metric):
             page += [compared, ""]
+        if folds := by_fold(found, metric):
+            page += [folds, ""]
         if len(found) > 1:
             page += [_summary(grid, found, metric, colours, out), ""]
         for number, problem in enumerate(found, 1):

@@ -81,6 +81,30 @@ def equal(found: Sequence[Problem], metric: str) -> str:
     return markdown(head, lines, len(head) - 1) if lines else ""
 
 
+def by_fold(found: Sequence[Problem], metric: str) -> str:
+    """What methods reach on each fold, and how far each is from its problem's first, pair by pair.
+
+    A pair is of one seed and one fold. Empty unless there are several folds.
+    """
+    results = [result for problem in found for method in problem.methods for result in method.results]
+    folds = sorted({result.settings["fold"] for result in results if "fold" in result.settings})
+    if len(folds) < 2:
+        return ""
+    lines = []
+    for problem in found:
+        first = _by_repeat(problem.methods[0], metric)
+        for method in problem.methods:
+            values = _by_repeat(method, metric)
+            of_fold = [[value for (_, one), value in values.items() if one == fold] for fold in folds]
+            apart = [100 * (values[pair] - first[pair]) for pair in values if pair in first]
+            against = spread(apart, "{:+.1f}") if method is not problem.methods[0] else NONE
+            lines.append([problem.label, method.label, *map(percent, of_fold), against])
+    head = ["", "method", *(f"fold {fold}" for fold in folds), "points above the first"]
+    if not any(line[0] for line in lines):
+        head, lines = head[1:], [line[1:] for line in lines]
+    return markdown(head, lines, len(head) - len(folds) - 1)
+
+
 def commands(methods: Iterable[Method], experiment: str, folder: Path) -> str:
     """What runs each row again. experiment: FILE and what else is needed."""
     results = [result for method in methods for result in method.results]
@@ -117,13 +141,23 @@ def spread(values: Sequence[float | None], pattern: str, unit: str = "") -> str:
     if not known or len(known) < len(values):
         return NONE
     mean = pattern.format(statistics.mean(known)) + unit
-    return mean if len(known) < 2 else f"{mean} ± {pattern.format(statistics.stdev(known))}"
+    unsigned = pattern.replace("+", "")
+    return mean if len(known) < 2 else f"{mean} ± {unsigned.format(statistics.stdev(known))}"
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], words: int) -> str:
     """A table. words: so many columns from the left are words, the others numbers."""
     rule = ["---" if place < words else "---:" for place in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def _by_repeat(method: Method, metric: str) -> dict[tuple[int, int], float]:
+    """Seed and fold -> what a method has reached."""
+    return {
+        (result.settings["seed"], result.settings.get("fold", 0)): result.metrics[metric]
+        for result in method.results
+        if metric in result.metrics
+    }
 
 
 def _evaluation(result: Result, folder: Path) -> str:

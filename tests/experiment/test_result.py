@@ -174,6 +174,29 @@ def test_the_report(tmp_path):
     assert rows["grids"].to_pylist()[0] == ["methods"]
 
 
+def test_folds_stand_side_by_side_and_pairs_are_compared(tmp_path):
+    (tmp_path / "file.toml").write_text("""
+        seeds = [0, 1]
+        base.data_set = "watch"
+        [[grid]]
+        name = "methods"
+        schedule = ["end_to_end", "layerwise"]
+        fold = [0, 3]
+    """)
+    experiment = read_experiment(tmp_path / "file.toml")
+    done = {}
+    for row in experiment.rows.values():
+        schedule, fold, seed = (row.settings[name] for name in ("schedule", "fold", "seed"))
+        reached = 0.1 * fold + 0.02 * seed + (0.5 if schedule == "end_to_end" else 0.48 + 0.02 * seed)
+        done[row.id] = result(
+            row.id, seed, [round_result(1, reached)], data_set="watch", schedule=schedule, fold=fold
+        )
+    page = write_report(experiment, done, tmp_path, "", tmp_path / "out").read_text()
+    assert "| method | fold 0 | fold 3 | points above the first |" in page
+    assert "| end-to-end | 51.0% ± 1.4 | 81.0% ± 1.4 | – |" in page
+    assert "| layer-wise | 50.0% ± 2.8 | 80.0% ± 2.8 | -1.0 ± 1.2 |" in page
+
+
 @pytest.mark.parametrize("package", ["pyarrow", "matplotlib"])
 def test_a_missing_package_is_one_line(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
