@@ -59,9 +59,7 @@ def figures(found: Sequence[Problem], metric: str) -> str:
 
 def equal(found: Sequence[Problem], metric: str) -> str:
     """What methods have reached at the bytes and FLOPs of the one that spends least; empty without."""
-    unit, flop = flop_unit(
-        result for problem in found for method in problem.methods for result in method.results
-    )
+    unit, flop = flop_unit(_results(found))
     budgets: tuple[tuple[str, Of, float, str], ...] = (
         ("bytes", traffic, 1e6, "{:,.2f} MB"),
         ("FLOPs", lambda one: one.flops, unit, "{:,.3g} " + flop),
@@ -75,10 +73,7 @@ def equal(found: Sequence[Problem], metric: str) -> str:
             budget, reached = compared
             amount = f"{name}: {pattern.format(budget / one_unit)}"
             lines += [[problem.label, amount, label, percent(values)] for label, values in reached.items()]
-    head = ["", "at equal", "method", metric]
-    if not any(line[0] for line in lines):
-        head, lines = head[1:], [line[1:] for line in lines]
-    return markdown(head, lines, len(head) - 1) if lines else ""
+    return _of_problems(["at equal", "method", metric], lines, 2) if lines else ""
 
 
 def by_fold(found: Sequence[Problem], metric: str) -> str:
@@ -86,8 +81,7 @@ def by_fold(found: Sequence[Problem], metric: str) -> str:
 
     A pair is of one seed and one fold. Empty unless there are several folds.
     """
-    results = [result for problem in found for method in problem.methods for result in method.results]
-    folds = sorted({result.settings["fold"] for result in results if "fold" in result.settings})
+    folds = sorted({result.settings["fold"] for result in _results(found) if "fold" in result.settings})
     if len(folds) < 2:
         return ""
     lines = []
@@ -99,10 +93,8 @@ def by_fold(found: Sequence[Problem], metric: str) -> str:
             apart = [100 * (values[pair] - first[pair]) for pair in values if pair in first]
             against = spread(apart, "{:+.1f}") if method is not problem.methods[0] else NONE
             lines.append([problem.label, method.label, *map(percent, of_fold), against])
-    head = ["", "method", *(f"fold {fold}" for fold in folds), "points above the first"]
-    if not any(line[0] for line in lines):
-        head, lines = head[1:], [line[1:] for line in lines]
-    return markdown(head, lines, len(head) - len(folds) - 1)
+    head = ["method", *(f"fold {fold}" for fold in folds), "points above the first"]
+    return _of_problems(head, lines, 1)
 
 
 def commands(methods: Iterable[Method], experiment: str, folder: Path) -> str:
@@ -149,6 +141,17 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], words: int) ->
     """A table. words: so many columns from the left are words, the others numbers."""
     rule = ["---" if place < words else "---:" for place in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def _results(found: Sequence[Problem]) -> list[Result]:
+    return [result for problem in found for method in problem.methods for result in method.results]
+
+
+def _of_problems(head: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
+    """A table of `head`, its lines begun with their problem; without that where it says nothing."""
+    if any(line[0] for line in lines):
+        return markdown(["", *head], lines, 1 + words)
+    return markdown(head, [line[1:] for line in lines], words)
 
 
 def _by_repeat(method: Method, metric: str) -> dict[tuple[int, int], float]:
