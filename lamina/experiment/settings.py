@@ -218,9 +218,16 @@ def idle(values: Values) -> list[str]:
         found.append("drop_incomplete")
     if not values["small_clients"]:
         found.append("small_client_mb")
-    if values.get("partition") == "iid" and "alpha" in values:
+    if "alpha" in values and _draws_no_proportions(values):
         found.append("alpha")
     return found
+
+
+def _draws_no_proportions(values: Values) -> bool:
+    """Whether nothing is dealt by Dir(alpha): a data set has a group for each of its usual clients."""
+    usual = data_settings(values["data_set"], "")[1].get("clients", 0)
+    partition = values.get("partition")
+    return partition == "iid" or (partition == "natural" and values["clients"] <= usual)
 
 
 def _check_together(values: Values, given: Values, seed: int, where: str) -> None:

@@ -78,12 +78,13 @@ def test_a_method_without_a_round_within_the_budget_has_none():
 
 
 def test_seeds_are_repeats_and_data_is_the_problem():
+    skewed = {"partition": "dirichlet", "alpha": 0.1}
     found = problems(
         [
-            *rows("end_to_end", [0.1], seeds=(0, 1), alpha=0.1),
-            *rows("layerwise", [0.1], seeds=(0, 1), alpha=0.1),
-            *rows("layerwise", [0.1], seeds=(0, 1), alpha=0.1, compression="int8"),
-            *rows("layerwise", [0.1], seeds=(0, 1), alpha=1.0),
+            *rows("end_to_end", [0.1], seeds=(0, 1), **skewed),
+            *rows("layerwise", [0.1], seeds=(0, 1), **skewed),
+            *rows("layerwise", [0.1], seeds=(0, 1), compression="int8", **skewed),
+            *rows("layerwise", [0.1], seeds=(0, 1), **skewed | {"alpha": 1.0}),
         ]
     )
     assert [problem.label for problem in found] == ["alpha 0.1", "alpha 1.0"]

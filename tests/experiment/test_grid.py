@@ -9,6 +9,8 @@ import click
 import pytest
 
 from lamina.data.command import prepare
+from lamina.data.emoji_sources import STYLES
+from lamina.data.watch import NUM_FOLDS, PEOPLE_IN_FOLD
 from lamina.experiment.grid import Experiment, read_experiment
 from lamina.experiment.models import check_models
 from lamina.experiment.settings import complete, telling
@@ -100,8 +102,18 @@ def test_what_a_row_has_no_use_for_makes_no_difference(tmp_path):
     assert len(read(tmp_path, text).rows) == 2 + 4  # end-to-end has one stage
     text = BASE.replace("compression", "small_client_mb").replace('["none", "int8"]', "[90, 100]")
     assert len(read(tmp_path, text).rows) == 2 * 2  # no client is small
-    text = BASE.replace("compression", "alpha").replace('["none", "int8"]', '[0.1, 1]\npartition = "iid"')
-    assert len(read(tmp_path, text).rows) == 2 + 2
+    for partition in ("iid", "natural"):  # natural: each of the four has a style of its own
+        alphas = f'[0.1, 1]\npartition = "{partition}"'
+        text = BASE.replace("compression", "alpha").replace('["none", "int8"]', alphas)
+        assert len(read(tmp_path, text).rows) == 2 + 2
+    assert len(read(tmp_path, text.replace("clients = 4", "clients = 8")).rows) == 2 * 4  # two share one
+
+
+@pytest.mark.parametrize("data_set", ["emoji", "watch"])
+def test_as_many_clients_as_usual_have_a_group_each(data_set):
+    groups = {"emoji": len(STYLES), "watch": (NUM_FOLDS - 1) * PEOPLE_IN_FOLD}[data_set]
+    usual = complete({"data_set": data_set}, 0, "")
+    assert (usual["partition"], usual["clients"]) == ("natural", groups)
 
 
 def test_own_data_is_beside_the_file(tmp_path):
@@ -232,7 +244,7 @@ def test_model_options_are_checked_before_anything_runs():
 
 def test_numbers_are_exact(tmp_path):
     """A float setting is one, however it was written."""
-    whole, dotted = complete({"alpha": 1}, 0, ""), complete({"alpha": 1.0}, 0, "")
+    whole, dotted = (complete({"partition": "dirichlet", "alpha": alpha}, 0, "") for alpha in (1, 1.0))
     assert whole == dotted
     assert math.isclose(whole["alpha"], 1.0)
     assert isinstance(whole["alpha"], float)
