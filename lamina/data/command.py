@@ -46,6 +46,7 @@ def divided(clients: int, partitions: Sequence[Partition], text: str, out: str) 
     partitions: the default first.
     """
     from lamina.data.division import Division
+    from lamina.data.partition import ALPHA
 
     names = {field.name for field in fields(Division)}
 
@@ -74,12 +75,14 @@ def divided(clients: int, partitions: Sequence[Partition], text: str, out: str) 
                 ),
                 click.option(
                     "--alpha",
+                    type=click.FloatRange(*ALPHA),
                     default=0.5,
                     show_default=True,
                     help="Of Dir(alpha): the smaller, the more skewed.",
                 ),
                 click.option(
                     "--missing-modality",
+                    type=click.FloatRange(0, 1),
                     default=0.0,
                     show_default=True,
                     metavar="SHARE",
@@ -87,6 +90,7 @@ def divided(clients: int, partitions: Sequence[Partition], text: str, out: str) 
                 ),
                 click.option(
                     "--public",
+                    type=click.FloatRange(0, 1, max_open=True),
                     default=0.0,
                     show_default=True,
                     metavar="SHARE",

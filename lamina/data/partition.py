@@ -20,7 +20,9 @@ import numpy.typing as npt
 from wire.errors import UserError
 
 MIN_EXAMPLES = 10
-_ALPHA = (1e-3, 1e6)
+ALPHA = (1e-3, 1e6)
+"""The least and the most that it may be."""
+
 _PUBLIC = 2  # beside the seed: who deals the rest draws other numbers
 
 Indices = npt.NDArray[np.int64]
@@ -83,8 +85,8 @@ def dirichlet(labels: Sequence[str], clients: int, alpha: float, rng: np.random.
     Classification", arXiv 1909.06335; drawn for each label as in Yurochkin et al., arXiv 1905.12022.
     """
     _check_counts(len(labels), clients)
-    if not _ALPHA[0] <= alpha <= _ALPHA[1]:
-        raise UserError(f"alpha is {alpha}", f"choose it between {_ALPHA[0]:g} and {_ALPHA[1]:g}")
+    if not ALPHA[0] <= alpha <= ALPHA[1]:
+        raise UserError(f"alpha is {alpha}", f"choose it between {ALPHA[0]:g} and {ALPHA[1]:g}")
     shares: list[list[int]] = [[] for _ in range(clients)]
     of_label = np.array(labels)
     for label in sorted(set(labels)):

@@ -94,7 +94,7 @@ def _todo(experiment: Experiment, rows: Mapping[str, Row], folder: Path, *, agai
     """The rows to run. Raises `UserError` for what could be told later, when hours have gone by."""
     from lamina.experiment.row import result_of
 
-    todo = [row for row in rows.values() if again or result_of(folder, row.id) is None]
+    todo = [row for row in rows.values() if again or result_of(folder, row) is None]
     if todo:
         _check(todo, str(experiment.file))
     _note(f"{len(todo)} of {len(rows)} rows to run, in {folder}")
@@ -137,7 +137,7 @@ def _list(experiment: Experiment, rows: Mapping[str, Row], folder: Path, *, as_j
         for name, one in grid.rows.items():
             names.setdefault(one, []).append(name)
     for row in rows.values():
-        result = result_of(folder, row.id)
+        result = result_of(folder, row)
         if as_json:
             found = {"id": row.id, "names": names[row.id], "done": result is not None}
             metrics = {} if result is None else {"metrics": result.metrics}
@@ -151,7 +151,8 @@ def _report(experiment: Experiment, folder: Path, more: str, out: Path) -> None:
     from lamina.experiment.report import write_report
     from lamina.experiment.row import result_of
 
-    results = {row: result for row in experiment.rows if (result := result_of(folder, row)) is not None}
+    found = {row.id: result_of(folder, row) for row in experiment.rows.values()}
+    results = {row: result for row, result in found.items() if result is not None}
     if results:
         click.echo(write_report(experiment, results, folder, more, out))
     elif out != folder / "report":

@@ -3,8 +3,8 @@
 Rules: the settings of the data say what the *problem* is, all others what the *method* is; results that
 differ in their seed or fold alone are repeats of one. Only methods of one problem are compared. A setting
 that rows of one schedule partly have no use for sets them apart, too. A method's label leaves out what is
-at its default, or as in the first row where a setting has none. A curve between two rounds is a straight
-line; before its first round and after its last it has no value.
+at its default, or as in the first row where a setting has none, unless two would be called the same. A
+curve between two rounds is a straight line; before its first round and after its last it has no value.
 
 Next: `lamina/experiment/tables.py` and `lamina/experiment/pictures.py`, which show it.
 """
@@ -12,7 +12,7 @@ Next: `lamina/experiment/tables.py` and `lamina/experiment/pictures.py`, which s
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ from lamina.experiment.result import Result, RoundResult
 from lamina.experiment.settings import CENTRALISED, DEFAULTS, Values, data_settings, idle
 
 REPEATS = ("seed", "data_seed", "fold")
+"""What repeats of a method may differ in; the fold is the last."""
+
 METRICS = ("accuracy", "recall@10")
 """The usual ones, where the file names none."""
 
@@ -33,13 +35,18 @@ _TITLES = {
     CENTRALISED: "centralised",
 }
 
+_Key = tuple[str, str]  # a method's schedule, and all else that varies
+
 Points = npt.NDArray[np.float64]
 Of = Callable[[RoundResult], float]
 
 
 @dataclass(frozen=True)
 class Method:
-    """The repeats of one method on one problem. varied: its settings that others of the grid have not."""
+    """The repeats of one method on one problem. varied: its settings that others of the grid have not.
+
+    The schedule is not among these: it is the title.
+    """
 
     label: str
     varied: Values
@@ -90,26 +97,25 @@ def problems(results: Sequence[Result]) -> list[Problem]:
     ]
     first = used[0] if used else {}
     usual = DEFAULTS | {name: value for name, value in first.items() if DEFAULTS.get(name) is None}
-    groups: dict[str, dict[str, list[Result]]] = {}
-    apart: dict[str, Values] = {}
+    groups: dict[str, dict[_Key, list[Result]]] = {}
+    of_problem: dict[str, Values] = {}
+    of_method: dict[_Key, Values] = {}
     for result, settings in zip(results, used, strict=True):
         problem = {name: settings[name] for name in varied if name in of_data and name in settings}
         method = {name: settings[name] for name in varied if name not in of_data and name in settings}
-        unusual = {name: value for name, value in method.items() if value != usual.get(name)}
-        unusual.pop("schedule", None)
-        keys = _label(problem), ", ".join(filter(None, (_TITLES[settings["schedule"]], _label(unusual))))
-        apart |= {keys[0]: problem, "\n".join(keys): method}
-        groups.setdefault(keys[0], {}).setdefault(keys[1], []).append(result)
+        method.pop("schedule", None)
+        key = settings["schedule"], _label(method)
+        of_problem[_label(problem)] = problem
+        of_method[key] = method
+        groups.setdefault(_label(problem), {}).setdefault(key, []).append(result)
+    labels = _short_labels(of_method, usual)
     return [
         Problem(
-            problem,
-            apart[problem],
-            tuple(
-                Method(method, apart[f"{problem}\n{method}"], tuple(repeats))
-                for method, repeats in methods.items()
-            ),
+            label,
+            of_problem[label],
+            tuple(Method(labels[key], of_method[key], tuple(repeats)) for key, repeats in methods.items()),
         )
-        for problem, methods in groups.items()
+        for label, methods in groups.items()
     ]
 
 
@@ -144,11 +150,17 @@ def value_at(xs: Points, ys: Points, x: float) -> float | None:
 
 
 def band(curves: Sequence[tuple[Points, Points]]) -> tuple[Points, Points, Points, Points]:
-    """x, mean, least, most of several curves, where all of them have a value."""
+    """x, mean, least, most of several curves, where all of them have a value.
+
+    Where there is no such x, as for one round each at unequal cost, it is one point: of their ends.
+    """
     first, last = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
     x = np.unique(np.concatenate([xs for xs, _ in curves]))
     x = x[(x >= first) & (x <= last)]
     values = np.array([np.interp(x, xs, ys) for xs, ys in curves])
+    if not len(x):
+        x = np.array([statistics.mean(float(xs[-1]) for xs, _ in curves)])
+        values = np.array([ys[-1:] for _, ys in curves])
     return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
@@ -187,6 +199,22 @@ def _varies(name: str, used: Sequence[Values]) -> bool:
 def _data_names(settings: Values) -> set[str]:
     own = {"data", "data_set", "data_seed", "clients"}
     return own | set(data_settings(settings["data_set"], "")[0]) if "data_set" in settings else own
+
+
+def _short_labels(methods: Mapping[_Key, Values], usual: Values) -> dict[_Key, str]:
+    """Without what is usual, but for that by which methods of one such label differ."""
+    told = {
+        key: {name: value for name, value in varied.items() if value != usual.get(name)}
+        for key, varied in methods.items()
+    }
+    found: dict[_Key, str] = {}
+    for key, varied in methods.items():
+        alike = [methods[other] for other in methods if (other[0], told[other]) == (key[0], told[key])]
+        names = dict.fromkeys(name for one in alike for name in one)
+        differing = [name for name in names if len({shown(one.get(name)) for one in alike}) > 1]
+        label = _label(told[key] | {name: varied.get(name) for name in differing})
+        found[key] = ", ".join(filter(None, (_TITLES[key[0]], label)))
+    return found
 
 
 def _label(varied: Values) -> str:

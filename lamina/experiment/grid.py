@@ -37,6 +37,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found]
 
 MAX_ROWS = 10_000
+NONE = "–"
 _TOP = ("base", "grid", "seeds", "metric")
 _OWN = ("name", "seeds")  # of a grid's table
 
@@ -141,7 +142,9 @@ def _product(base: Values, table: Mapping[str, Any], seeds: Sequence[int], where
 
 
 def shown(value: Any) -> str:
-    """A setting's value in a name or a table."""
+    """A setting's value in a name or a table; a dash where there is none."""
+    if value is None:
+        return NONE
     if isinstance(value, list):
         return "-".join(map(shown, value))
     if isinstance(value, bool):
@@ -169,7 +172,7 @@ def _relative(row: Row, folder: Path) -> Row:
     """With its data, a path that starts at the file's folder, where it is."""
     if "data" not in row.settings:
         return row
-    return Row(row.id, row.settings | {"data": str(folder / row.settings["data"])})
+    return Row(row.id, row.settings | {"data": str((folder / row.settings["data"]).resolve())})
 
 
 def _name(table: Mapping[str, Any], file: Path) -> str:

@@ -1,17 +1,19 @@
-"""Whether models take the options that rows give them, told before anything runs.
+"""Models by their names: whether they take the options that rows give them, told before anything runs.
 
 Next: `models/registry.py`, which builds them.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterable
+from pathlib import Path
 
 from lamina.experiment.settings import Values, did_you_mean
 from models.registry import PRESETS
 from wire.errors import UserError
+from wire.manifest import BlobRef
 
 
 def model_options(settings: Values) -> Values:
@@ -35,11 +37,25 @@ def check_models(rows: Iterable[Values], where: str) -> None:
                 raise UserError(f"{where}: {name} has no option {option!r}", did_you_mean(option, known))
 
 
+def program_of(name: str) -> str:
+    """SHA-256 of the file that builds a model; empty where there is none to be seen."""
+    module, _, _ = _builder(name).partition(":")
+    try:
+        found = importlib.util.find_spec(module)
+        return BlobRef.of_file(Path(found.origin)).sha256 if found and found.origin else ""
+    except (ImportError, ValueError, OSError):
+        return ""
+
+
+def _builder(name: str) -> str:
+    return PRESETS[name][0] if name in PRESETS else name
+
+
 def _takes(name: str, where: str) -> list[str] | None:
     """The names of its options; None: any."""
     if name not in PRESETS and ":" not in name:
         raise UserError(f"{where}: there is no model {name!r}", did_you_mean(name, PRESETS))
-    builder = PRESETS[name][0] if name in PRESETS else name
+    builder = _builder(name)
     module, _, attribute = builder.partition(":")
     try:
         parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters

@@ -27,6 +27,7 @@ from lamina.experiment.pictures import (
 from lamina.experiment.result import Result
 from lamina.experiment.tables import by_fold, commands, equal, figures, percent
 from wire.errors import UserError
+from wire.files import replacing
 
 NAME = "report.md"
 
@@ -34,16 +35,18 @@ NOTES = """## How to read it
 - A figure is the mean of the runs that differ in their seed (or fold) alone, ± their standard deviation. A
   picture's band reaches from the least to the most of them; curves of several are means by straight lines.
 - Bytes are counted at the MQTT socket and, like FLOPs and processor seconds, are a client's: the mean of
-  all clients, from the run's beginning. FLOPs are of what the clients really trained: their examples,
-  epochs and rounds, and the passes that fill the feature cache.
+  all clients, asked or not or left out, from the run's beginning. FLOPs are of what the clients really
+  trained: their examples, epochs and rounds, and the passes that fill the feature cache.
 - Memory is the high-water mark of the first client, which is always alone in its process, in 10^6 bytes.
 - Seconds are those of the rounds, evaluation included, on the machine that ran them, busy or not.
 - *centralised* is a model trained end to end by one client that has the examples of all: a ceiling. Its
   bytes have no meaning, its FLOPs are those of one machine that does all the work.
 - *At equal bytes* (or FLOPs): what each method had reached when it had spent what the least of them spends
   in all, on a straight line between the two rounds of its own curve around that; a dash if that is before
-  its first round.
-- *Points above the first*: the difference of two runs of one seed and fold, as mean and standard deviation.
+  its first round. Where the learning rate decays, a run that is cut there had not come to the small steps
+  that one of that length ends with.
+- *Points above the first*: the difference of two runs of the same seeds and fold, as mean and standard
+  deviation.
 """
 
 
@@ -76,7 +79,11 @@ def write_report(
         page += [commands(rows, f"{experiment.file}{more}", folder), "", "</details>", ""]
     page.append(NOTES.strip())
     path = out / NAME
-    path.write_text("\n".join(page) + "\n", encoding="utf-8")
+    try:
+        with replacing(path, 0o644) as file:
+            file.write(("\n".join(page) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", "choose another --report") from error
     of_row = {row: [grid.name for grid in experiment.grids if row in grid.rows.values()] for row in results}
     write_tables(list(results.values()), of_row, out)
     return path

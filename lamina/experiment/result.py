@@ -1,9 +1,10 @@
 """What a row has come to: from the aggregator's events to figures round by round, and to a file.
 
 Rules: bytes, FLOPs, seconds are sums from the run's beginning to a round, so a figure over another is a
-curve. Bytes and FLOPs are means over all clients, asked or not. Memory is the first client's, which is
-alone in its process. Clients that share a process tell its processor time each: it counts once, and the
-sum over processes is divided among all clients. A round that a client was called off from counts whole.
+curve. Bytes and FLOPs are means over all clients, asked or not or left out. Memory is the first client's,
+which is alone in its process. Clients that share a process tell its processor time each: it counts once,
+and the sum over processes is divided among all clients. A round that a client was called off from counts
+whole.
 
 A result is there as a whole or not at all: `wire/files.py`. Next: `lamina/experiment/row.py`.
 """
@@ -50,10 +51,10 @@ class RoundResult(msgspec.Struct, frozen=True):
 class Result(msgspec.Struct, frozen=True):
     """A row that is done.
 
-    settings: all of them. engine: that ran. clients: their number; examples: client -> examples, `first`
-    the client that was alone. missing: updates that were waited for in vain. holdout: the folder of the
-    metrics' examples, seen from the experiment's, "" without. date: of the end, ISO 8601. version: of
-    Lamina.
+    settings: all of them. engine: that ran. clients: their number, with those that are left out. examples:
+    client -> examples, of those that took part. first: the client that was alone. missing: updates that
+    were waited for in vain. holdout: the folder of the metrics' examples, seen from the experiment's, ""
+    without. date: of the end, ISO 8601. version: of Lamina.
     """
 
     id: str
@@ -83,14 +84,16 @@ def rounds_of(
     groups: Sequence[Sequence[str]],
     costs: Mapping[str, Sequence[StageCost]],
     settings: Values,
+    left_out: int = 0,
 ) -> tuple[RoundResult, ...]:
     """Round by round. groups: the clients of each process, the first client alone in the first.
 
-    costs: of the stages, by client.
+    costs: of the stages, by client. left_out: the number of clients that are in no group.
     """
     usage = _usage(events)
     examples = examples_of(events)
     clients = [client for group in groups for client in group]
+    everyone = len(clients) + left_out
     flops = {
         client: _flops(client, usage, examples[client], of_stages, settings)
         for client, of_stages in costs.items()
@@ -115,12 +118,12 @@ def rounds_of(
                 round=number,
                 metrics=closed.metrics,
                 loss=closed.loss,
-                bytes_sent=sent / len(clients),
-                bytes_received=received / len(clients),
-                flops=computed / len(clients),
+                bytes_sent=sent / everyone,
+                bytes_received=received / everyone,
+                flops=computed / everyone,
                 peak_memory_mb=peak,
                 seconds=seconds,
-                cpu_s=sum(max(cpu_s[client] for client in group) for group in groups) / len(clients),
+                cpu_s=sum(max(cpu_s[client] for client in group) for group in groups) / everyone,
             )
         )
     return tuple(found)

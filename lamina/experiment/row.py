@@ -1,11 +1,13 @@
 """One row: the commands that a person types, as `lamina run` gives them, and what came of it.
 
-Rules: a row begins in a clean folder, whatever a killed one has left there. Its final model gets its place
-before the result is written, and only with a result is a row done.
+Rules: a row begins in a clean `run` folder, whatever a killed one has left there. What it had come to
+before stays until it is there anew: then the model gets its place, and last the result is written. Only
+with a result is a row done.
 
     DIR/rows/<id>/result.json   what it has come to
     DIR/rows/<id>/model         the final model
-    DIR/rows/<id>/run           while it runs or with --keep, and after a failure: see `lamina/local.py`
+    DIR/rows/<id>/run           while it runs or with --keep, and after a failure: see `lamina/local.py`;
+                                of a centralised row with data/, the examples of all as one client's
 
 Next: `lamina/local.py`, which conducts the run; `lamina/experiment/result.py`, which adds it up.
 """
@@ -38,9 +40,10 @@ from lamina.experiment.result import (
     rounds_of,
     write_result,
 )
-from lamina.experiment.settings import PLAN, Values
+from lamina.experiment.settings import CENTRALISED, PLAN, Values
 from lamina.experiment.shared import Data, Shared, client_costs, rounds_a_stage
-from lamina.local import LocalRun, conduct
+from lamina.experiment.union import ALL, unite
+from lamina.local import LocalRun, clients_of, conduct
 from wire.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +57,15 @@ def home(folder: Path, row: str) -> Path:
     return folder / "rows" / row
 
 
-def result_of(folder: Path, row: str) -> Result | None:
+def result_of(folder: Path, row: Row) -> Result | None:
     """What a row has come to, if it is done. Raises `UserError`."""
-    return read_result(home(folder, row) / RESULT)
+    result = read_result(home(folder, row.id) / RESULT)
+    if result is not None and result.settings.get("data") != row.settings.get("data"):
+        raise UserError(
+            f"{row.id} in {folder} is of other data: {result.settings.get('data')}",
+            "choose another --dir, or run it --again",
+        )
+    return result
 
 
 async def run_row(
@@ -64,25 +73,33 @@ async def run_row(
 ) -> Result:
     """Run it anew, to its result. Raises `LaminaError`, whatever of its programs failed."""
     own = home(folder, row.id)
-    await asyncio.to_thread(shutil.rmtree, own, ignore_errors=True)
-    own.mkdir(parents=True)
+    await asyncio.to_thread(shutil.rmtree, own / "run", ignore_errors=True)
     data = await shared.data(row.settings)
     run = _local_run(row, own / "run", data, broker)
-    bundle = await shared.bundle(run, data, row.settings)
+    run.folder.mkdir(parents=True)
+    bundle = await shared.bundle(run, row.settings)
+    if row.settings["schedule"] == CENTRALISED:
+        run = await asyncio.to_thread(_united, run)
     run = _with_bundle(run, bundle, row.settings)
     record = _Record(note)
     await conduct(run, record)
     costs = await asyncio.to_thread(
         client_costs, bundle, row.settings, run.engines[0], modalities_of(record.events), run.memory
     )
-    result = _result(
-        row, run, folder, record.events, rounds_of(record.events, run.groups, costs, row.settings)
-    )
-    (run.folder / "aggregator" / MODEL).rename(own / MODEL)
-    write_result(own / RESULT, result)
+    rounds = rounds_of(record.events, run.groups, costs, row.settings, data.left_out)
+    result = _result(row, run, data, folder, record.events, rounds)
+    await asyncio.to_thread(_keep, run, result, own)
     if not keep:
         await asyncio.to_thread(shutil.rmtree, run.folder, ignore_errors=True)
     return result
+
+
+def _keep(run: LocalRun, result: Result, own: Path) -> None:
+    """The model and the result, in place of those before."""
+    (own / RESULT).unlink(missing_ok=True)
+    shutil.rmtree(own / MODEL, ignore_errors=True)
+    (run.folder / "aggregator" / MODEL).rename(own / MODEL)
+    write_result(own / RESULT, result)
 
 
 class _Record:
@@ -104,6 +121,10 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
     settings = row.settings
     plan = {name: settings[name] for name in PLAN} | {"seed": settings["seed"]}
     plan["min_available_clients"] = plan["min_available_clients"] or len(data.clients)
+    if (least := plan["min_available_clients"]) > (there := len(data.clients)):
+        raise UserError(
+            f"min_available_clients is {least}, and {there} clients take part", "wait for fewer"
+        )
     limit = () if settings["feature_cache"] else ("--max-feature-mb", "0")
     return LocalRun(
         name=row.id,
@@ -128,11 +149,18 @@ def _local_run(row: Row, folder: Path, data: Data, broker: str | None) -> LocalR
         features=("--feature-dtype", settings["feature_dtype"], *limit),
         memory_budget=None,
         broker=broker,
-        calibration=data.origin / "public" if settings["calibration"] else None,
+        calibration=data.folder / "public" if settings["calibration"] else None,
         plan=plan,
         client_processes=settings["client_processes"],
         memory=_memory(settings, data.clients),
     )
+
+
+def _united(run: LocalRun) -> LocalRun:
+    """With the examples of all clients as one client's."""
+    folder = run.folder / "data"
+    unite(run.data, clients_of(run.data), folder)
+    return replace(run, data=folder, clients=(ALL,), plan=run.plan | {"min_available_clients": 1})
 
 
 def _memory(settings: Values, clients: tuple[str, ...]) -> dict[str, int]:
@@ -157,16 +185,21 @@ def _with_bundle(run: LocalRun, bundle: Path, settings: Values) -> LocalRun:
 
 
 def _result(
-    row: Row, run: LocalRun, folder: Path, events: list[Event], rounds: tuple[RoundResult, ...]
+    row: Row,
+    run: LocalRun,
+    data: Data,
+    folder: Path,
+    events: list[Event],
+    rounds: tuple[RoundResult, ...],
 ) -> Result:
     closed = closing(events)
-    holdout = run.data / "holdout"
+    holdout = data.folder / "holdout"
     ours = holdout.is_relative_to(folder)
     return Result(
         id=row.id,
         settings=row.settings,
         engine=closed.engine,
-        clients=len(run.clients),
+        clients=len(run.clients) + data.left_out,
         first=run.clients[0],
         examples=examples_of(events),
         rounds=rounds,

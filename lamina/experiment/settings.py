@@ -11,6 +11,7 @@ Next: `lamina/experiment/grid.py`, which makes rows of them.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -174,8 +175,9 @@ def complete(given: Values, seed: int, where: str) -> Values:
             raise UserError(f"{where}: there is no setting {name!r}", hint)
     for name in ("data_set", "data_seed") if "data" in given else ("data",):
         del values[name]
-    _check_together(values, given, seed, where)
-    return values | {name: defaults[name] for name in idle(values)} | {"seed": seed}
+    values |= {name: defaults[name] for name in idle(values)} | {"seed": seed}
+    _check_together(values, given, where)
+    return values
 
 
 def telling(values: Values) -> Values:
@@ -230,7 +232,7 @@ def _draws_no_proportions(values: Values) -> bool:
     return partition == "iid" or (partition == "natural" and values["clients"] <= usual)
 
 
-def _check_together(values: Values, given: Values, seed: int, where: str) -> None:
+def _check_together(values: Values, given: Values, where: str) -> None:
     if {"rounds", "total_rounds"} <= given.keys():
         raise UserError(f"{where}: both rounds and total_rounds say how long it goes", "give one of them")
     if values["client_processes"] == 1:
@@ -242,10 +244,14 @@ def _check_together(values: Values, given: Values, seed: int, where: str) -> Non
         raise UserError(
             f"{where}: small_clients is the share that has little memory", "say how much: small_client_mb"
         )
-    if values["schedule"] == CENTRALISED:
-        return
-    clients = values["min_available_clients"] or values.get("clients") or _MANY
-    plan = {name: values[name] for name in PLAN} | {"min_available_clients": clients, "seed": seed}
+    clients = values.get("clients") or _MANY
+    least = values["min_available_clients"] or clients
+    if least > clients:
+        raise UserError(
+            f"{where}: min_available_clients is {least}, and there are {clients} clients", "wait for fewer"
+        )
+    plan = {name: values[name] for name in PLAN}
+    plan |= {"min_available_clients": least, "seed": values["seed"]}
     try:
         RunPlan(**plan)
     except UserError as error:
@@ -258,6 +264,8 @@ def _checked(option: click.Option, value: Any, where: str, name: str) -> Any:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         more = "; a list of choices belongs into a [[grid]]" if isinstance(value, list) else ""
         raise UserError(f"{where}: {name} is {value!r}", f"write {words}{more}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {name} is {value}", "write a number that is finite")
     try:
         return value if option.is_flag else option.type.convert(value, option, None)
     except click.BadParameter as error:
@@ -286,7 +294,8 @@ def _expected(option: click.Option) -> tuple[tuple[type, ...], str]:
 def _checked_entry(name: str, value: Any, where: str) -> Any:
     if name.startswith("column.") and not isinstance(value, str):
         raise UserError(f"{where}: {name} is {value!r}", "write the column's name, a text")
-    if not isinstance(value, str | int | float | bool | list):
+    each = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str | int | float | bool) for one in each):
         raise UserError(f"{where}: {name} is {value!r}", "write a number, a text, true or false, or a list")
     return value
 

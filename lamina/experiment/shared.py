@@ -1,10 +1,11 @@
 """What several rows need is made once: prepared data, exported bundles, what a stage costs.
 
-Rules: each is in a folder whose name follows from the settings that decide it; it appears as a whole or
-not at all, so a folder that is there is ready. One row at a time makes a thing, the others wait for it. A
-bundle is exported with a tokenizer of its own data's texts; a centralised row has that of end-to-end ones.
+Rules: each is in a folder whose name follows from what decides it: settings, and for a bundle the clients'
+tables and the model's program. It appears as a whole or not at all, so a folder that is there is ready.
+One row at a time makes a thing, the others wait for it. A bundle is exported with a tokenizer of its own
+data's texts; a centralised row has that of end-to-end ones.
 
-    DIR/data/<data set>-<key>    with clients/ and holdout/; <...>-all, the same as one client's
+    DIR/data/<data set>-<key>    with clients/ and holdout/
     DIR/bundles/<key>            exported, checked against torch
 
 Next: `lamina/experiment/row.py`, which trains on them.
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edge_client.device import version
 from lamina.data.folder import INVENTORY_NAME, Inventory
+from lamina.experiment.models import program_of
 from lamina.experiment.settings import CENTRALISED, Values, data_settings
-from lamina.experiment.union import ALL, unite
 from lamina.local import LocalRun, clients_of, export_arguments
 from lamina.processes import Processes
 from wire.errors import UserError
@@ -42,11 +44,14 @@ _COUNTING = threading.Lock()  # torch's meta device is for one thread at a time
 
 @dataclass(frozen=True)
 class Data:
-    """folder: with clients/ and holdout/. origin: the same, or what it is the union of."""
+    """folder: with clients/ and holdout/. clients: that take part, those that have all modalities first.
+
+    left_out: the number of the others.
+    """
 
     folder: Path
-    origin: Path
     clients: tuple[str, ...]
+    left_out: int = 0
 
 
 class Shared:
@@ -65,36 +70,28 @@ class Shared:
 
     async def data(self, settings: Values) -> Data:
         """A row's data, prepared or found. Raises `UserError`, `ChildFailed`."""
-        origin = Path(settings["data"]) if "data" in settings else await self._prepared(settings)
-        clients = clients_of(origin)
-        if settings["drop_incomplete"]:
-            incomplete = _lacking(origin)
-            clients = tuple(client for client in clients if client not in incomplete)
-            if not clients:
-                raise UserError(f"every client of {origin} lacks a modality", "leave out drop_incomplete")
-        if settings["schedule"] != CENTRALISED:
-            return Data(origin, origin, clients)
-        name = origin.name if "data" not in settings else f"{origin.name}-{_key(str(origin.resolve()))}"
-        folder = self._folder / "data" / f"{name}-{ALL}"
-        async with self._locks[folder]:
-            if not folder.exists():
-                partial = folder.with_name(f".{folder.name}.partial")
-                await asyncio.to_thread(unite, origin, clients, partial)
-                partial.rename(folder)
-        return Data(folder, origin, (ALL,))
+        folder = Path(settings["data"]) if "data" in settings else await self._prepared(settings)
+        everyone = clients_of(folder)
+        incomplete = _lacking(folder, needed=settings["drop_incomplete"])
+        whole = tuple(client for client in everyone if client not in incomplete)
+        others = tuple(client for client in everyone if client in incomplete)
+        if not settings["drop_incomplete"]:
+            return Data(folder, whole + others)
+        if not whole:
+            raise UserError(f"every client of {folder} lacks a modality", "leave out drop_incomplete")
+        return Data(folder, whole, len(others))
 
-    async def bundle(self, run: LocalRun, data: Data, settings: Values) -> Path:
-        """A row's bundle, exported or found. Raises `ChildFailed`."""
-        wanted = replace(
-            run, data=data.origin, clients=clients_of(data.origin), schedule=_schedule(settings)
-        )
+    async def bundle(self, run: LocalRun, settings: Values) -> Path:
+        """A row's bundle, of the texts of all clients, exported or found. Raises `ChildFailed`."""
+        wanted = replace(run, clients=clients_of(run.data), schedule=_schedule(settings))
         arguments = export_arguments(wanted, Path())[:-2]
         arguments += ["--weight-decay", str(settings["weight_decay"])]
         if isinstance(settings["rounds"], list):
             arguments += ["--rounds", ",".join(map(str, settings["rounds"]))]
         if wanted.schedule != "end_to_end":
             arguments += ["--blocks-per-stage", str(settings["blocks_per_stage"])]
-        folder = self._folder / "bundles" / f"{wanted.schedule}-{_key([arguments, _texts(wanted)])}"
+        decide = [arguments, _texts(wanted), version(), program_of(wanted.model)]
+        folder = self._folder / "bundles" / f"{wanted.schedule}-{_key(decide)}"
         async with self._locks[folder]:
             if not folder.exists():
                 await self._run(folder, "export", *arguments, "--out", str(folder))
@@ -122,9 +119,11 @@ class Shared:
             await processes.run(folder.name, *arguments)
 
 
-def _lacking(data: Path) -> Collection[str]:
-    """The clients that lack a modality. Raises `UserError`."""
+def _lacking(data: Path, *, needed: bool) -> Collection[str]:
+    """The clients that lack a modality. Raises `UserError` where that is needed and nothing tells it."""
     path = data / INVENTORY_NAME
+    if not needed and not path.exists():
+        return ()
     try:
         return msgspec.json.decode(path.read_bytes(), type=Inventory).lacking
     except (OSError, msgspec.MsgspecError) as error:

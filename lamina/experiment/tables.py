@@ -12,11 +12,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from lamina.experiment.compare import Method, Of, Problem, at_equal, flop_unit, traffic
-from lamina.experiment.grid import shown
+from lamina.experiment.compare import REPEATS, Method, Of, Problem, at_equal, flop_unit, traffic
+from lamina.experiment.grid import NONE, shown
 from lamina.experiment.result import Result, RoundResult
-
-NONE = "–"
 
 TRAVELS = ("MB sent", "MB received")
 
@@ -40,13 +38,12 @@ def figures(found: Sequence[Problem], metric: str) -> str:
     methods = [(problem, method) for problem in found for method in problem.methods]
     named = list(dict.fromkeys(name for problem in found for name in problem.varied))
     named += list(dict.fromkeys(name for _, method in methods for name in method.varied))
-    named = [name for name in named if name != "schedule"]
     shown_columns = columns(*flop_unit(result for _, method in methods for result in method.results))
     head = ["", *named, "runs", *([metric] if metric else []), *(name for name, _, _ in shown_columns)]
     lines = []
     for problem, method in methods:
         varied = problem.varied | method.varied
-        cells = [method.title, *(shown(varied[name]) if name in varied else NONE for name in named)]
+        cells = [method.title, *(shown(varied.get(name)) for name in named)]
         cells.append(str(len(method.results)))
         if metric:
             cells.append(percent([one.metrics.get(metric) for one in method.results]))
@@ -79,7 +76,7 @@ def equal(found: Sequence[Problem], metric: str) -> str:
 def by_fold(found: Sequence[Problem], metric: str) -> str:
     """What methods reach on each fold, and how far each is from its problem's first, pair by pair.
 
-    A pair is of one seed and one fold. Empty unless there are several folds.
+    A pair is of the same seeds and fold. Empty unless there are several folds.
     """
     folds = sorted({result.settings["fold"] for result in _results(found) if "fold" in result.settings})
     if len(folds) < 2:
@@ -89,7 +86,7 @@ def by_fold(found: Sequence[Problem], metric: str) -> str:
         first = _by_repeat(problem.methods[0], metric)
         for method in problem.methods:
             values = _by_repeat(method, metric)
-            of_fold = [[value for (_, one), value in values.items() if one == fold] for fold in folds]
+            of_fold = [[value for repeat, value in values.items() if repeat[-1] == fold] for fold in folds]
             apart = [100 * (values[pair] - first[pair]) for pair in values if pair in first]
             against = spread(apart, "{:+.1f}") if method is not problem.methods[0] else NONE
             lines.append([problem.label, method.label, *map(percent, of_fold), against])
@@ -154,10 +151,10 @@ def _of_problems(head: Sequence[str], lines: Sequence[Sequence[str]], words: int
     return markdown(head, [line[1:] for line in lines], words)
 
 
-def _by_repeat(method: Method, metric: str) -> dict[tuple[int, int], float]:
-    """Seed and fold -> what a method has reached."""
+def _by_repeat(method: Method, metric: str) -> dict[tuple[int, ...], float]:
+    """Seeds and, at the end, the fold -> what a method has reached."""
     return {
-        (result.settings["seed"], result.settings.get("fold", 0)): result.metrics[metric]
+        tuple(result.settings.get(name, 0) for name in REPEATS): result.metrics[metric]
         for result in method.results
         if metric in result.metrics
     }

@@ -5,7 +5,7 @@ decoded: a table's cells are copied, and a column whose cells are files gets the
 Files are linked, not copied, where the disk can. An example that lacks a modality has an empty cell, and a
 client that has others leaves it out (`inputs/dataset.py`).
 
-Next: `lamina/experiment/shared.py`, which keeps it for the rows.
+Next: `lamina/experiment/row.py`, which trains on it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 from results import METRIC, result, round_result
 
 from lamina.experiment.compare import at_equal, band, problems, traffic, value_at
-from lamina.experiment.pictures import colours_of
+from lamina.experiment.pictures import OTHERS, colours_of
 
 
 def curve(*points):
@@ -35,6 +35,12 @@ def test_a_band_is_where_all_curves_are():
     assert mean.tolist() == [2, 4]
     assert least.tolist() == [1, 3]
     assert most.tolist() == [3, 5]
+
+
+def test_curves_that_share_no_x_are_a_point():
+    x, mean, least, most = band([curve((1, 0.2)), curve((3, 0.4))])
+    assert (x.tolist(), least.tolist(), most.tolist()) == ([2], [0.2], [0.4])
+    assert mean.tolist() == pytest.approx([0.3])
 
 
 def rows(schedule, metrics, each=1.0, seeds=(0,), **settings):
@@ -117,9 +123,28 @@ def test_rounds_set_apart_where_they_differ():
     assert [method.label for method in problem.methods] == labels
 
 
+@pytest.mark.parametrize(
+    "setting", [{"min_available_clients": 2}, {"option.width": 64}, {"total_rounds": 32}]
+)
+def test_methods_are_apart_in_whatever_order(setting):
+    """One with a setting that has no default, one without: whichever comes first."""
+    ((name, value),) = setting.items()
+    told = f"layer-wise, {name.removeprefix('option.')} {value}"
+    both = [*rows("layerwise", [0.9]), *rows("layerwise", [0.1], **setting)]
+    (problem,) = problems(both)
+    assert [method.label for method in problem.methods] == ["layer-wise", told]
+    (problem,) = problems(both[::-1])
+    first, second = problem.methods
+    assert first.label.startswith(told)
+    assert second.label != first.label
+    assert [method.results[0].last.metrics[METRIC] for method in problem.methods] == [0.1, 0.9]
+    assert [len(method.results) for method in problem.methods] == [1, 1]
+
+
 def test_colours_differ_and_stay():
     labels = ["layer-wise", "layer-wise, int8", "end-to-end", "a", "b"]
     found = colours_of(labels)
     assert len(set(found.values())) == len(labels)
     assert colours_of(["end-to-end"])["end-to-end"] == found["end-to-end"]
-    assert len(colours_of([str(number) for number in range(30)])) == 30
+    many = list(colours_of([str(number) for number in range(30)]).values())
+    assert len(set(many[: len(OTHERS)])) == len(OTHERS)

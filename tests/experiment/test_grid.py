@@ -186,6 +186,10 @@ MISTAKES = [
     (over("clients = true"), "clients is True", "a whole number"),
     (over('alpha = "skewed"'), "alpha is 'skewed'", "a number"),
     (over("feature_cache = 1"), "feature_cache is 1", "true or false"),
+    (over("alpha = -1.0"), "alpha: -1.0 is not in the range", "a number"),
+    (over("learning_rate = nan"), "learning_rate is nan", "finite"),
+    (over("missing_modality = 2"), "missing_modality: 2", "a number"),
+    (over("min_available_clients = 9"), "min_available_clients is 9, and there are 7", "fewer"),
     (over('partition = "irid"'), "partition cannot be 'irid'", "did you mean iid?"),
     (over('partition = ["iid"]'), "partition is ['iid']", "[[grid]]"),
     (over("fraction_train = 2"), "fraction_train is 2.0", "at most 1"),
@@ -209,6 +213,8 @@ MISTAKES = [
     ("base = 3\n[[grid]]\nname = 'a'", "base is 3", "[base]"),
     ("[base", "cannot be read", "TOML"),
     (over("option.depth = {a = 1}"), "option.depth is {'a': 1}", "write a number"),
+    (over("option.depth = [2026-01-01]"), "option.depth is [datetime", "write a number"),
+    (BASE.replace("layerwise", "centralised") + "batch_size = 0\n", "batch_size", "at least 1"),
     (BASE + "seeds = [-1]\n", "seeds is [-1]", "whole numbers"),
 ]
 

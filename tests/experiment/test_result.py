@@ -15,6 +15,7 @@ from export.flops import flops_by_round
 from lamina.experiment.grid import read_experiment
 from lamina.experiment.report import tools_are_here, write_report
 from lamina.experiment.result import by_stage, read_result, rounds_of, write_result
+from lamina.experiment.row import result_of
 from lamina.experiment.settings import complete
 from wire.errors import UserError
 from wire.messages import Hello, RoundKey, Usage
@@ -74,6 +75,13 @@ def test_figures_are_sums_so_far_and_means_of_all_clients():
     assert [one.seconds for one in rounds] == pytest.approx([2, 4, 6])
 
 
+def test_clients_that_are_left_out_count_with_nothing():
+    whole, part = (rounds_of(EVENTS, GROUPS, ALIKE, SETTINGS, left_out)[-1] for left_out in (0, 3))
+    for name in ("bytes_sent", "bytes_received", "flops", "cpu_s"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name) / 2), name
+    assert part.peak_memory_mb == whole.peak_memory_mb
+
+
 def test_memory_is_the_first_clients_only():
     rounds = rounds_of(EVENTS, GROUPS, ALIKE, SETTINGS)
     assert [one.peak_memory_mb for one in rounds] == [50, 70, 70]
@@ -124,6 +132,24 @@ def test_a_result_comes_back_as_it_was(tmp_path):
         read_result(tmp_path / "result.json")
 
 
+def test_a_row_of_other_data_is_not_taken_for_done(tmp_path):
+    """Two files beside data of one name have rows of the same ids."""
+    text = "base.data = 'mine'\n[[grid]]\nname = 'one'\nschedule = 'layerwise'\n"
+    rows = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "file.toml").write_text(text)
+        rows += read_experiment(tmp_path / place / "file.toml").rows.values()
+    here, there = rows
+    assert here.id == there.id
+    path = tmp_path / "rows" / here.id / "result.json"
+    path.parent.mkdir(parents=True)
+    write_result(path, result(here.id, 0, [round_result(1, 0.5)], data=here.settings["data"]))
+    assert result_of(tmp_path, here) is not None
+    with pytest.raises(UserError, match="is of other data"):
+        result_of(tmp_path, there)
+
+
 FILE = """
 seeds = [0, 1]
 [[grid]]
@@ -145,14 +171,25 @@ def test_the_report(tmp_path):
         settings = row.settings
         if settings["learning_rate"] != 0.1:
             given = {name: settings[name] for name in ("schedule", "alpha", "partition")}
-            rounds = [round_result(number, 0.1 * number) for number in range(1, 4)]
+            each = 2 if settings["schedule"] == "end_to_end" else 1
+            reached = 0.01 * settings["seed"] + (0.05 if settings["alpha"] == 1.0 else 0.0)
+            cost = {"bytes_sent": each * 1e6, "bytes_received": each * 1e6, "flops": each * 1e12}
+            rounds = [
+                round_result(
+                    number, 0.1 * number + reached, **{name: number * one for name, one in cost.items()}
+                )
+                for number in range(1, 4)
+            ]
             done[row.id] = result(row.id, settings["seed"], rounds, **given)
     page = write_report(experiment, done, tmp_path, " --dir here", tmp_path / "out").read_text()
     assert "12 of 14 rows" in page
-    assert "| end-to-end | 0.1 | 2 | 30.0% ± 0.0 | 3.00 ± 0.00 | 3.00 ± 0.00 | 3 ± 0 | 100 ± 0 |" in page
-    assert "| centralised | 1.0 | 2 | 30.0% ± 0.0 | – | – | 3 ± 0 |" in page
+    assert "| end-to-end | 0.1 | 2 | 30.5% ± 0.7 | 6.00 ± 0.00 | 6.00 ± 0.00 | 6 ± 0 | 100 ± 0 |" in page
+    assert "| layer-wise | 1.0 | 2 | 35.5% ± 0.7 | 3.00 ± 0.00 | 3.00 ± 0.00 | 3 ± 0 | 100 ± 0 |" in page
+    assert "| centralised | 1.0 | 2 | 35.5% ± 0.7 | – | – | 3 ± 0 |" in page
     assert "by chance it is 10.0%" in page
-    assert "| alpha 0.1 | bytes: 6.00 MB | layer-wise | 30.0% ± 0.0 |" in page
+    assert "| alpha 0.1 | bytes: 6.00 MB | end-to-end | 15.5% ± 0.7 |" in page
+    assert "| alpha 0.1 | FLOPs: 3 TFLOP | layer-wise | 30.5% ± 0.7 |" in page
+    assert "| alpha 1.0 | FLOPs: 3 TFLOP | end-to-end | 20.5% ± 0.7 |" in page
     assert "No row is done." in page
     for row in done:
         assert f"lamina experiment {experiment.file} --dir here --only {row} --again" in page
@@ -170,7 +207,7 @@ def test_the_report(tmp_path):
     assert types["setting.clients"] == "int64"
     assert types["setting.feature_cache"] == "bool"
     assert rows["examples"].to_pylist() == [30] * 12
-    assert rounds["bytes_sent"].to_pylist()[:3] == [1e6, 2e6, 3e6]
+    assert rounds["bytes_sent"].to_pylist()[:3] == [2e6, 4e6, 6e6]
     assert rows["grids"].to_pylist()[0] == ["methods"]
 
 
@@ -195,6 +232,26 @@ def test_folds_stand_side_by_side_and_pairs_are_compared(tmp_path):
     assert "| method | fold 0 | fold 3 | points above the first |" in page
     assert "| end-to-end | 51.0% ± 1.4 | 81.0% ± 1.4 | – |" in page
     assert "| layer-wise | 50.0% ± 2.8 | 80.0% ± 2.8 | -1.0 ± 1.2 |" in page
+
+
+def test_repeats_of_one_seed_count_each(tmp_path):
+    (tmp_path / "file.toml").write_text("""
+        base.data_set = "watch"
+        [[grid]]
+        name = "methods"
+        schedule = ["end_to_end", "layerwise"]
+        fold = [0, 1]
+        data_seed = [0, 1]
+    """)
+    experiment = read_experiment(tmp_path / "file.toml")
+    done = {}
+    for row in experiment.rows.values():
+        given = {name: row.settings[name] for name in ("data_set", "schedule", "fold", "data_seed")}
+        cost = 1e6 * (1 + given["data_seed"])  # one round each, so no curve meets another
+        one = round_result(1, 0.2 + 0.6 * given["data_seed"], bytes_sent=cost)
+        done[row.id] = result(row.id, 0, [one], **given)
+    page = write_report(experiment, done, tmp_path, "", tmp_path / "out").read_text()
+    assert "| end-to-end | 50.0% ± 42.4 | 50.0% ± 42.4 | – |" in page
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "matplotlib"])

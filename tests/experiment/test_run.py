@@ -159,6 +159,28 @@ def test_the_final_model_has_the_reports_metric(done: Done) -> None:
         assert sorted(path.name for path in model.parent.iterdir()) == ["model", "result.json"]
 
 
+def test_a_row_that_runs_again_is_done_until_it_is_done_anew(done: Done, tmp_path: Path) -> None:
+    work, row = tmp_path / "work", done.ids[0]
+    shutil.copytree(done.folder, work)
+    words = ("experiment", str(done.file), "--dir", str(work), "--only", row, "--again")
+    stopped = subprocess.Popen([sys.executable, "-m", "lamina", *words], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: (work / "rows" / row / "run" / "aggregator").exists(), "the row's new run")
+    finally:
+        stopped.kill()
+        stopped.wait()
+    until(lambda: not command_lines(str(work)), "the end of all children")
+    assert (work / "rows" / row / "result.json").read_bytes() == done.before[0]
+    assert (work / "rows" / row / "model").is_dir()
+    again = lamina(*words)
+    assert again.returncode == 0, again.stderr
+    before, after = done.result(0), read_result(work / "rows" / row / "result.json")
+    assert after is not None
+    assert (after.metrics, after.last.flops) == (before.metrics, before.last.flops)
+    assert after.date >= before.date
+    assert sorted(path.name for path in (work / "rows" / row).iterdir()) == ["model", "result.json"]
+
+
 def test_the_report_is_there(done: Done) -> None:
     report = done.folder / "report"
     assert done.last.stdout.strip() == str(report / "report.md")
