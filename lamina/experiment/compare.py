@@ -93,7 +93,7 @@ def problems(results: Sequence[Result]) -> list[Problem]:
     varied = [
         name
         for name in dict.fromkeys(name for settings in used for name in settings)
-        if name not in REPEATS and _varies(name, used)
+        if name not in (*REPEATS, "schedule") and _varies(name, used)
     ]
     first = used[0] if used else {}
     usual = DEFAULTS | {name: value for name, value in first.items() if DEFAULTS.get(name) is None}
@@ -103,11 +103,9 @@ def problems(results: Sequence[Result]) -> list[Problem]:
     for result, settings in zip(results, used, strict=True):
         problem = {name: settings[name] for name in varied if name in of_data and name in settings}
         method = {name: settings[name] for name in varied if name not in of_data and name in settings}
-        method.pop("schedule", None)
-        key = settings["schedule"], _label(method)
-        of_problem[_label(problem)] = problem
-        of_method[key] = method
-        groups.setdefault(_label(problem), {}).setdefault(key, []).append(result)
+        label, key = _label(problem), (settings["schedule"], _label(method))
+        of_problem[label], of_method[key] = problem, method
+        groups.setdefault(label, {}).setdefault(key, []).append(result)
     labels = _short_labels(of_method, usual)
     return [
         Problem(

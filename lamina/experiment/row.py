@@ -88,13 +88,13 @@ async def run_row(
     )
     rounds = rounds_of(record.events, run.groups, costs, row.settings, data.left_out)
     result = _result(row, run, data, folder, record.events, rounds)
-    await asyncio.to_thread(_keep, run, result, own)
+    await asyncio.to_thread(_put_in_place, run, result, own)
     if not keep:
         await asyncio.to_thread(shutil.rmtree, run.folder, ignore_errors=True)
     return result
 
 
-def _keep(run: LocalRun, result: Result, own: Path) -> None:
+def _put_in_place(run: LocalRun, result: Result, own: Path) -> None:
     """The model and the result, in place of those before."""
     (own / RESULT).unlink(missing_ok=True)
     shutil.rmtree(own / MODEL, ignore_errors=True)
