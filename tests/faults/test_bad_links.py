@@ -134,7 +134,7 @@ def test_a_link_that_is_down_while_the_broker_forgets_everything(
         aggregator = start(programs, proxy.url)
         for key in (RoundKey(0, 0), RoundKey(1, 0)):
             aggregator.until_a(RoundOpened, key)
-            proxy.restart(down_s=1.5)
+            proxy.restart(down_s=3)  # a client comes back after one second to two, and is refused
             real_broker.kill()
             real_broker.start()
         aggregator.until_a(RunClosed)
