@@ -57,14 +57,15 @@ EXPORTED = (
 @click.option(
     "--clients",
     type=click.IntRange(min=1),
-    help="Client processes, for a downloaded data set.  [default: 4 of emoji, 10 of digits, 8 of watch]",
+    help="Client processes, for a downloaded data set.  "
+    f"[default: {', '.join(f'{one.clients} of {name}' for name, one in DATA_SETS.items())}]",
 )
 @click.option(
     "--data-set",
     type=click.Choice(list(DATA_SETS)),
     default="emoji",
     show_default=True,
-    help="What is downloaded. Without --model, digits and watch train the model of their name.",
+    help="What is downloaded. Without --model, all but emoji train the model of their name.",
 )
 @click.option(
     "--data",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _IMAGE_TEXT = "models.image_text:image_text"
 _IMAGE_AUDIO = "models.image_audio:image_audio"
 _IMAGE_SERIES = "models.image_series:image_series"
+_AUDIO_TEXT = "models.audio_text:audio_text"
 _MOTION = "models.motion:motion"
 _VIT_TINY = {"size": 224, "patch": 16, "width": 192, "heads": 3, "length": 64, "embedding": 192}
 
@@ -52,6 +53,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"series_patch": 1, "series_stem": "conv", "series_std": 1.8, "width": 64, "embedding": 64},
     ),
     "watch": (_MOTION, {"classes": 7, "sensors": ["accelerometer", "gyroscope"], "stds": [0.7, 1.6]}),
+    "stamps": (_AUDIO_TEXT, {"hop_ms": 20.0, "length": 125, "text_length": 16}),
 }
 
 

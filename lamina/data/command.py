@@ -3,8 +3,8 @@
 Rules: nothing heavy is imported before a command runs. What a program may read goes to standard output,
 progress to standard error.
 
-Next: `lamina/data/emoji.py`, `digits.py` and `watch.py`; a further data set is a file beside them, a
-command here and a line in `lamina/data/sets.py`.
+Next: `lamina/data/emoji.py`, `digits.py`, `watch.py` and `stamps.py`; a further data set is a file beside
+them, a command here and a line in `lamina/data/sets.py`.
 """
 
 from __future__ import annotations
@@ -165,6 +165,22 @@ def watch(out: Path, *, as_json: bool, **arguments: Any) -> None:
 
     with progress_bar() as progress:
         prepared = prepare_watch(out, **arguments, progress=progress)
+    tell(prepared, as_json=as_json)
+
+
+@prepare.command()
+@divided(
+    9,
+    ("natural", "iid", "dirichlet"),
+    "A language each; at random; or skewed by category.",
+    "data/stamps",
+)
+def stamps(out: Path, *, as_json: bool, **arguments: Any) -> None:
+    """Names of pictures in nine languages, written and spoken: audio-text pairs, 161 MB to download."""
+    from lamina.data.stamps import prepare_stamps
+
+    with progress_bar() as progress:
+        prepared = prepare_stamps(out, **arguments, progress=progress)
     tell(prepared, as_json=as_json)
 
 

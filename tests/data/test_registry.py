@@ -1,18 +1,21 @@
-"""Packages come through npm and pip, count only with their pinned content, and are kept."""
+"""Packages come through npm, pip and apt-get, count only with their pinned content, and are kept."""
 
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import msgspec
 import pytest
-from tiny_registry import Publish, PublishWheel, calls
+from tiny_registry import Publish, PublishWheel, calls, deb
 
 from lamina.data import fetchers
+from lamina.data.deb import files_of_deb
 from lamina.data.registry import cache_folder, fetch, read_member
 from wire.errors import LocalError, UserError
+from wire.manifest import BlobRef
 
 
 def quiet(what: str, done: int, steps: int) -> None:
@@ -127,3 +130,77 @@ def test_no_pip_at_all(publish_wheel: PublishWheel, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"no pip to download some_data 1\.0\.0") as caught:
         fetch([package], quiet)
     assert "ensurepip" in caught.value.hint
+
+
+FILES = {"./usr/a/one.txt": b"1", "./usr/b/two.txt": b"2", "./usr/a/c/three.txt": b""}
+
+
+def test_a_debian_package_is_fetched_by_apt_and_kept(
+    archives: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, content = deb("some-data", FILES)
+    (archives / package.archive).write_bytes(content)
+    path = fetch([publish("one", {"a.json": 1}), package], quiet)["some-data"]
+    assert path.name == "some-data_1.0.0_all.deb"
+    assert list(files_of_deb(path, "./usr/a/")) == [("one.txt", b"1"), ("c/three.txt", b"")]
+    monkeypatch.setenv("PATH", "")
+    assert fetch([package], quiet) == {"some-data": path}
+
+
+def test_what_apt_cannot_get_is_named(archives: Path) -> None:
+    with pytest.raises(UserError, match=r"apt-get could not .*some-data 1\.0\.0 \(Unable to loc") as caught:
+        fetch([deb("some-data", FILES)[0]], quiet)
+    assert "apt-get update" in caught.value.hint
+
+
+def test_no_apt_at_all(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="no apt-get to download some-data") as caught:
+        fetch([deb("some-data", FILES)[0]], quiet)
+    assert "Debian" in caught.value.hint
+
+
+WHOLE = deb("some-data", FILES)[1]
+DATA = WHOLE.index(b"data.tar.xz") + 60
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "no Debian package"),
+        (b"PK" * 40, "no Debian package"),
+        (b"!<arch>\n", "no data.tar.xz"),
+        (WHOLE.replace(b"data.tar.xz", b"data.tar.gz"), "no data.tar.xz"),
+        (WHOLE[:8] + WHOLE[8:68].replace(b"4  ", b"-60") + WHOLE[68:], "no data.tar.xz"),
+        (WHOLE[:-40], "damaged"),
+        (WHOLE[: DATA + 30], "damaged"),
+        (WHOLE[: DATA + 40] + bytes([WHOLE[DATA + 40] ^ 8]) + WHOLE[DATA + 41 :], "damaged"),
+        (WHOLE[:DATA] + b"PK" * 100, "damaged"),
+    ],
+)
+def test_what_is_no_whole_debian_package(tmp_path: Path, content: bytes, told: str) -> None:
+    assert WHOLE[8:24] == b"debian-binary   "
+    (tmp_path / "a.deb").write_bytes(content)
+    with pytest.raises(LocalError, match=told):
+        list(files_of_deb(tmp_path / "a.deb", "./usr/"))
+
+
+def test_a_python_without_lzma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.deb").write_bytes(WHOLE)
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.raises(UserError, match="no lzma"):
+        list(files_of_deb(tmp_path / "a.deb", "./usr/"))
+
+
+def test_a_large_package_is_waited_for(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = msgspec.structs.replace(deb("some-data", FILES)[0], content=BlobRef("0" * 64, 10**9))
+    waited: list[float] = []
+
+    def run(*_arguments: object, timeout: float, **_more: object) -> None:
+        waited.append(timeout)
+        raise OSError("gone")
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(UserError, match="gone"):
+        fetch([package], quiet)
+    assert waited[0] > 10_000

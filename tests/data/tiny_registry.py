@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import soundfile
 
 from lamina.data.registry import Package
 from wire.manifest import BlobRef
@@ -34,10 +35,22 @@ if not (archives / archive).exists():
 shutil.copy(archives / archive, archive)
 """
 
+# The same for `apt-get download -qq NAME=VERSION`.
+APT = """#!{python}
+import os, pathlib, shutil, sys
+archives = pathlib.Path(os.environ["ARCHIVES"])
+assert sys.argv[1:3] == ["download", "-qq"]
+archive = sys.argv[3].replace("=", "_") + "_all.deb"
+if not (archives / archive).exists():
+    sys.exit("W: something else\\nE: Unable to locate package")
+shutil.copy(archives / archive, archive)
+"""
+
 Publish = Callable[[str, dict[str, object]], Package]
 PublishWheel = Callable[[str, dict[str, bytes]], Package]
 
 NUM_OF_DIGIT = 18
+NUM_STAMPS = 40
 EXERCISES = ["PEN", "ABD", "ROW"]
 NUM_PEOPLE = 10
 
@@ -80,6 +93,55 @@ def wheel(name: str, files: dict[str, bytes]) -> tuple[Package, bytes]:
             archive.writestr(zipfile.ZipInfo(member), content)
     content = buffer.getvalue()
     return Package(name, "1.0.0", BlobRef.of(content), "CC0-1.0", "nobody", "pypi"), content
+
+
+def deb(name: str, files: dict[str, bytes]) -> tuple[Package, bytes]:
+    """A Debian package of version 1.0.0 of these files, beside a link to the first of them."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz", preset=0) as tar:
+        for path, content in files.items():
+            info = tarfile.TarInfo(path)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo(next(iter(files)) + ".link")
+        link.type, link.linkname = tarfile.SYMTYPE, next(iter(files))
+        tar.addfile(link)
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data.getvalue()}
+    content = b"!<arch>\n"
+    for member, part in members.items():
+        content += f"{member:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(part):<10}`\n".encode()
+        content += part + b"\n" * (len(part) % 2)
+    return Package(name, "1.0.0", BlobRef.of(content), "CC0-1.0", "nobody", "debian"), content
+
+
+def spoken_stamps() -> dict[str, bytes]:
+    """Stamps that are spoken of in Greek and French: a tone each, of its own height and length.
+
+    In French two are called alike and sound alike, in files that differ. Of the last two one has no French
+    name, one no names.
+    """
+    root = "./usr/share/tuxpaint/stamps"
+    files: dict[str, bytes] = {f"{root}/readme.md": b"no stamp"}
+    for place in range(NUM_STAMPS):
+        stamp = f"{root}/{('animals', 'food')[place % 2]}/thing{place:02}"
+        names = f"Thing {place}.\nde.utf8=Ding {place}\nel.utf8=Πράγμα {place}.\n"
+        if place < NUM_STAMPS - 2:
+            names += f"fr.utf8=Chose {max(place, 1)}.\n"
+        if place < NUM_STAMPS - 1:
+            files[f"{stamp}.txt"] = names.encode()
+        for language, hz in (("el", 300 + 20 * place), ("fr", 400 + 20 * max(place, 1)), ("de", 500)):
+            files[f"{stamp}_desc_{language}.ogg"] = tone(hz, 0.1 + 0.01 * max(place, 1))
+    return files
+
+
+def tone(hz: float, seconds: float) -> bytes:
+    """An Ogg Vorbis file: two channels at 44.1 kHz, the right one silent."""
+    left = np.sin(2 * np.pi * hz * np.arange(int(44100 * seconds)) / 44100)
+    file = io.BytesIO()
+    soundfile.write(
+        file, np.stack([left, np.zeros_like(left)], axis=1), 44100, format="OGG", subtype="VORBIS"
+    )
+    return file.getvalue()
 
 
 def digit_pictures() -> dict[str, object]:
