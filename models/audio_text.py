@@ -6,9 +6,7 @@ Next: `models/registry.py`, the presets' sizes.
 from __future__ import annotations
 
 from models.audio import audio_encoder
-from models.block import initialise
-from models.heads import make_head
-from models.model import Model
+from models.model import Model, joined
 from models.text import text_encoder
 from wire.manifest import Task
 
@@ -53,6 +51,4 @@ def audio_text(
             vocabulary=vocabulary, length=text_length, width=width, heads=heads, blocks=text_blocks
         ),
     }
-    model = Model(encoders, make_head(task, dict.fromkeys(encoders, width), embedding, classes))
-    initialise(model)
-    return model
+    return joined(encoders, task, width, embedding, classes)

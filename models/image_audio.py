@@ -6,11 +6,9 @@ Next: `models/registry.py`, the presets' sizes.
 from __future__ import annotations
 
 from models.audio import audio_encoder
-from models.block import initialise
 from models.encoder import Stem
-from models.heads import make_head
 from models.image import image_encoder
-from models.model import Model
+from models.model import Model, joined
 from wire.manifest import Task
 
 
@@ -54,6 +52,4 @@ def image_audio(
             blocks=audio_blocks,
         ),
     }
-    model = Model(encoders, make_head(task, dict.fromkeys(encoders, width), embedding, classes))
-    initialise(model)
-    return model
+    return joined(encoders, task, width, embedding, classes)

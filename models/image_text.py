@@ -5,11 +5,9 @@ Next: `models/registry.py`, the presets' sizes.
 
 from __future__ import annotations
 
-from models.block import initialise
 from models.encoder import Stem
-from models.heads import make_head
 from models.image import image_encoder
-from models.model import Model
+from models.model import Model, joined
 from models.text import text_encoder
 from wire.manifest import Task
 
@@ -42,6 +40,4 @@ def image_text(
             vocabulary=vocabulary, length=length, width=width, heads=heads, blocks=text_blocks
         ),
     }
-    model = Model(encoders, make_head(task, dict.fromkeys(encoders, width), embedding, classes))
-    initialise(model)
-    return model
+    return joined(encoders, task, width, embedding, classes)

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.block import initialise
 from models.encoder import Encoder
-from models.heads import Head
+from models.heads import Head, make_head
 from wire.errors import UserError
 from wire.manifest import LABEL, Modality, Task, TensorSpec
 
@@ -99,3 +100,13 @@ def parameter_groups(model: Model) -> dict[str, list[str]]:
     for name, _ in model.named_parameters():
         groups.setdefault(group_of(name, model.encoders), []).append(name)
     return groups
+
+
+def joined(encoders: Mapping[str, Encoder], task: Task, width: int, embedding: int, classes: int) -> Model:
+    """Encoders of one width under a new head, all with fresh initial values.
+
+    embedding: the head's width. classes: of classification. Raises `UserError` as `make_head` and `Model`.
+    """
+    model = Model(encoders, make_head(task, dict.fromkeys(encoders, width), embedding, classes))
+    initialise(model)
+    return model

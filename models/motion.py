@@ -5,10 +5,8 @@ Next: `models/registry.py`, the presets' sizes.
 
 from __future__ import annotations
 
-from models.block import initialise
 from models.encoder import Stem
-from models.heads import make_head
-from models.model import Model
+from models.model import Model, joined
 from models.series import series_encoder
 from wire.errors import UserError
 from wire.manifest import Task
@@ -55,6 +53,4 @@ def motion(
         )
         for name, std in zip(sensors, stds or [1.0] * len(sensors), strict=True)
     }
-    model = Model(encoders, make_head(task, dict.fromkeys(encoders, width), embedding, classes))
-    initialise(model)
-    return model
+    return joined(encoders, task, width, embedding, classes)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from lamina.data.sets import prepared
 from lamina.options import end_with_parent
 from wire.errors import UserError
 
@@ -128,11 +129,7 @@ def divided(clients: int, partitions: Sequence[Partition], text: str, out: str) 
 @click.option("--size", "size_px", default=64, show_default=True, help="Pixels of a picture's side.")
 def emoji(out: Path, *, as_json: bool, **arguments: Any) -> None:
     """Emoji in up to seven drawing styles, with their names: image-text pairs, 17 MB to download."""
-    from lamina.data.emoji import prepare_emoji
-
-    with progress_bar() as progress:
-        prepared = prepare_emoji(out, **arguments, progress=progress)
-    tell(prepared, as_json=as_json)
+    tell(prepared("emoji", out, **arguments), as_json=as_json)
 
 
 @prepare.command()
@@ -145,11 +142,7 @@ def emoji(out: Path, *, as_json: bool, **arguments: Any) -> None:
 @click.option("--examples", default=2000, show_default=True, help="To train on: at most 2000.")
 def digits(out: Path, *, as_json: bool, **arguments: Any) -> None:
     """Digits, written and spoken, both with noise: image-audio classification, 9 MB to download."""
-    from lamina.data.digits import prepare_digits
-
-    with progress_bar() as progress:
-        prepared = prepare_digits(out, **arguments, progress=progress)
-    tell(prepared, as_json=as_json)
+    tell(prepared("digits", out, **arguments), as_json=as_json)
 
 
 @prepare.command()
@@ -161,11 +154,7 @@ def digits(out: Path, *, as_json: bool, **arguments: Any) -> None:
 )
 def watch(out: Path, *, as_json: bool, **arguments: Any) -> None:
     """Exercises on a smartwatch, two sensors: motion classification, 11 MB to download."""
-    from lamina.data.watch import prepare_watch
-
-    with progress_bar() as progress:
-        prepared = prepare_watch(out, **arguments, progress=progress)
-    tell(prepared, as_json=as_json)
+    tell(prepared("watch", out, **arguments), as_json=as_json)
 
 
 @prepare.command()
@@ -177,11 +166,7 @@ def watch(out: Path, *, as_json: bool, **arguments: Any) -> None:
 )
 def stamps(out: Path, *, as_json: bool, **arguments: Any) -> None:
     """Names of pictures in nine languages, written and spoken: audio-text pairs, 161 MB to download."""
-    from lamina.data.stamps import prepare_stamps
-
-    with progress_bar() as progress:
-        prepared = prepare_stamps(out, **arguments, progress=progress)
-    tell(prepared, as_json=as_json)
+    tell(prepared("stamps", out, **arguments), as_json=as_json)
 
 
 @contextmanager
@@ -204,15 +189,15 @@ def progress_bar() -> Iterator[Progress]:
         yield update
 
 
-def tell(prepared: Prepared, *, as_json: bool) -> None:
+def tell(ready: Prepared, *, as_json: bool) -> None:
     """What was prepared and whom it comes from: the inventory, or tables."""
     if as_json:
-        click.echo((prepared.folder / "dataset.json").read_text(encoding="utf-8"))
+        click.echo((ready.folder / "dataset.json").read_text(encoding="utf-8"))
         return
     from rich.console import Console
     from rich.table import Column, Table
 
-    inventory, console = prepared.inventory, Console()
+    inventory, console = ready.inventory, Console()
     lacking = inventory.lacking
     counts = Table("folder", "examples", *(["lacks"] if lacking else []))
     for client, count in inventory.clients.items():
@@ -223,4 +208,4 @@ def tell(prepared: Prepared, *, as_json: bool) -> None:
     sources = Table(*(Column(name, overflow="fold") for name in ("source", "license", "by")))
     for package in inventory.sources:
         sources.add_row(str(package), package.license, package.credit)
-    console.print(counts, sources, f"ready in {prepared.folder}")
+    console.print(counts, sources, f"ready in {ready.folder}")

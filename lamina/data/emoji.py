@@ -24,7 +24,7 @@ from lamina.data.division import Division
 from lamina.data.emoji_sources import NAMES, STYLES, Concept, Style, read_concepts, render
 from lamina.data.folder import Prepared, Row, find, write
 from lamina.data.partition import lot
-from lamina.data.registry import Progress, fetch
+from lamina.data.registry import Progress, counted, fetch
 from wire.errors import UserError
 
 MODALITIES = ("image", "text")
@@ -114,14 +114,11 @@ def _draw(
     ]
     seen = {render(_EMPTY_SVG, size_px)}
     pictures: list[_Picture] = []
-    for done, (name, concept) in enumerate(todo):
-        if done % 50 == 0:
-            progress("drawing", done, len(todo))
+    for name, concept in counted("drawing", todo, progress):
         png = styles[name].draw(concept.hexcode, size_px)
         if png not in seen:
             seen.add(png)
             pictures.append(_Picture(name, concept, png))
-    progress("drawing", len(todo), len(todo))
     return pictures
 
 

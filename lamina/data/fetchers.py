@@ -1,4 +1,4 @@
-"""The registries' own clients: how npm, pip and apt-get are told to fetch one archive, here.
+"""The registries' own clients: how each is told to fetch one archive into the current folder.
 
 Rules: scripts of a package are off and nothing is installed; pip takes wheels only, for an archive of
 source would run its setup. What an error says is kept short: the client's own code or last line.

@@ -14,10 +14,10 @@ import subprocess
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 import platformdirs
@@ -29,8 +29,11 @@ from wire.manifest import BlobRef
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
+T = TypeVar("T")
+
 _AT_ONCE = 4
-_TIMEOUT_S, _SLOWEST = 600, 50_000  # and bytes a second
+_TIMEOUT_S = 600
+_SLOWEST = 50_000  # bytes a second: what a large archive may take longer
 
 
 class Package(msgspec.Struct, frozen=True):
@@ -59,6 +62,15 @@ class Package(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+
+def counted(what: str, items: Sequence[T], progress: Progress) -> Iterator[T]:
+    """The items, of which `progress` hears now and then how many are done, and at the end."""
+    for done, item in enumerate(items):
+        if done % 50 == 0:
+            progress(what, done, len(items))
+        yield item
+    progress(what, len(items), len(items))
 
 
 def cache_folder() -> Path:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lamina.data.division import Division
+    from lamina.data.folder import Prepared
     from lamina.data.partition import Partition
 
 
@@ -32,16 +34,24 @@ DATA_SETS = {
 }
 
 
+def prepared(name: str, out: Path, division: Division, **options: Any) -> Prepared:
+    """The data set in `out`, prepared or found ready; meanwhile bars tell what is being done.
+
+    options: what this one can be asked beside its division. Raises `UserError`.
+    """
+    from lamina.data.command import progress_bar
+
+    module, _, function = DATA_SETS[name].prepare.partition(":")
+    with progress_bar() as progress:
+        ready: Prepared = getattr(importlib.import_module(module), function)(
+            out, division, **options, progress=progress
+        )
+    return ready
+
+
 def prepare_with_defaults(name: str, folder: Path, clients: int) -> Path:
     """The data set among so many clients, under `folder`, prepared or found ready."""
-    from lamina.data.command import progress_bar
     from lamina.data.division import Division
 
-    chosen = DATA_SETS[name]
-    module, _, function = chosen.prepare.partition(":")
-    with progress_bar() as progress:
-        prepared = getattr(importlib.import_module(module), function)(
-            folder / f"{name}-{clients}", Division(clients, chosen.partition), progress=progress
-        )
-    path: Path = prepared.folder
-    return path
+    division = Division(clients, DATA_SETS[name].partition)
+    return prepared(name, folder / f"{name}-{clients}", division).folder

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from inputs.wav import resampled
 from lamina.data.deb import files_of_deb
-from lamina.data.registry import Package, Progress
+from lamina.data.registry import Package, Progress, counted
 from wire.errors import UserError
 from wire.manifest import BlobRef
 
@@ -64,15 +64,10 @@ def read_recordings(archive: Path, progress: Progress) -> list[Recording]:
         elif (sound := _SOUND.fullmatch(path)) and sound[2] in LANGUAGES:
             sounds[sound[2], sound[1]] = content
     known = [(place, ogg) for place, ogg in sorted(sounds.items()) if place[0] in names.get(place[1], {})]
-    recordings = []
-    for done, ((language, stamp), ogg) in enumerate(known):
-        if done % 50 == 0:
-            progress("decoding", done, len(known))
-        recordings.append(
-            Recording(stamp, language, names[stamp]["en"], names[stamp][language], as_wav(ogg))
-        )
-    progress("decoding", len(known), len(known))
-    return recordings
+    return [
+        Recording(stamp, language, names[stamp]["en"], names[stamp][language], as_wav(ogg))
+        for (language, stamp), ogg in counted("decoding", known, progress)
+    ]
 
 
 def check_soundfile() -> None:

@@ -122,9 +122,9 @@ def test_a_recording_is_taken_once() -> None:
 
 def test_a_name_is_asked_for_once_and_not_if_it_was_trained_on() -> None:
     first, again, known = (
-        recording(n, HELD_OUT, text) for n, text in (("a", "A"), ("b", "a."), ("c", "B"))
+        recording(n, HELD_OUT, text) for n, text in (("a", "A  1"), ("b", "a 1."), ("c", "B, c"))
     )
-    trained = recording("d", TRAINED, "b")
+    trained = recording("d", TRAINED, "b c")
     assert split([first, again, known, trained]) == ([trained], [first])
     in_other_words = recording("d", TRAINED, "b c", "ru")
     assert split([known, in_other_words]) == ([in_other_words], [known])
